@@ -1,0 +1,1 @@
+"""A trainer for causal video VAEs, on top of rankwise."""
