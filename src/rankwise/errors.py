@@ -1,0 +1,92 @@
+"""What rankwise raises.
+
+RankwiseError                       root of everything that rankwise raises on purpose
++-- LaunchError (ValueError)        the environment contradicts itself
++-- DeviceError                     no device for this rank
++-- RankFailedError                 one or more ranks failed inside something done together
++-- CheckpointError                 a checkpoint could not be saved or loaded
+    +-- CheckpointNotFoundError     there is no such step or item
+    +-- CheckpointCorruptError      a file is not what was written
+    +-- CheckpointMismatchError     whole, but made for something else
+"""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+
+
+class RankwiseError(Exception):
+    """Root of everything that rankwise raises on purpose; its message is written for the user."""
+
+    on_every_rank: bool = False
+    """True when every rank raises this same error together: then the main process alone need print it."""
+
+
+class LaunchError(RankwiseError, ValueError):
+    """The environment of this process contradicts itself or lacks something."""
+
+
+class DeviceError(RankwiseError):
+    """There is no device for this rank."""
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """What went wrong on one rank."""
+
+    rank: int
+    host: str
+    error_type: str
+    message: str
+    traceback: str = ""
+    """Empty for errors of ours: their message says what the user needs."""
+
+    @classmethod
+    def of(cls, error: BaseException, *, rank: int, host: str) -> RankFailure:
+        """The failure of `rank`, described so that it can travel to the others."""
+        known = isinstance(error, RankwiseError)
+        lines = [] if known else traceback.format_exception(type(error), error, error.__traceback__)
+        return cls(rank, host, type(error).__name__, str(error), "".join(lines))
+
+    def __str__(self) -> str:
+        said = f"{self.error_type}: {self.message}" if self.message else self.error_type
+        return f"{said}\n{self.traceback.rstrip()}" if self.traceback else said
+
+
+class RankFailedError(RankwiseError):
+    """One or more ranks failed inside something that all ranks do together.
+
+    Args:
+        failures: at least one, the one to show first in front.
+        verb: how the message says it: "failed", or "failed first" where others failed in consequence.
+    """
+
+    def __init__(self, failures: tuple[RankFailure, ...], verb: str = "failed") -> None:
+        super().__init__(failures, verb)
+        self.failures = failures
+        self.verb = verb
+
+    def __str__(self) -> str:
+        first, *others = self.failures
+        text = f"rank {first.rank} ({first.host}) {self.verb}: {first}"
+        if not others:
+            return text
+        ranks = ", ".join(str(failure.rank) for failure in others[:8])
+        return f"{text}\n(also failed: {len(others)} more, rank {ranks}{', ...' if len(others) > 8 else ''})"
+
+
+class CheckpointError(RankwiseError):
+    """A checkpoint could not be saved or loaded."""
+
+
+class CheckpointNotFoundError(CheckpointError):
+    """There is no such step, or no such item in it."""
+
+
+class CheckpointCorruptError(CheckpointError):
+    """A file of the checkpoint is missing or is not what was written."""
+
+
+class CheckpointMismatchError(CheckpointError):
+    """The checkpoint is whole, but made for something else than it is loaded into."""
