@@ -1,0 +1,262 @@
+"""One `with` block around a training script: who am I, where do I compute, where do I write, who stops us."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from rankwise import collectives, logs
+from rankwise.device import select_device
+from rankwise.errors import RankFailedError, RankFailure, RankwiseError
+from rankwise.files import write_atomic
+from rankwise.group import Connection, is_lost_connection
+from rankwise.identity import Identity
+from rankwise.parent import end_with_parent
+
+RUN_FORMAT = 1
+"""Version of the layout of run.json."""
+
+FIRST_FAILURE_SECONDS = 5.0
+
+_logger = logs.get_logger(__name__)
+_open_session: Session | None = None
+
+
+class Session:
+    """What `init` gives: this process's place, device and run directory, and the word of the others.
+
+    Attributes:
+        identity: this process's place in the job.
+        device: where it computes.
+        run_dir: where the run writes, or None.
+    """
+
+    def __init__(self, identity: Identity, device: torch.device, run_dir: Path | None) -> None:
+        self.identity = identity
+        self.device = device
+        self.run_dir = run_dir
+        self._stop_requested = False
+        self._failed = False
+        self._connection = Connection(identity, device)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether this process was asked to stop, by SIGTERM, Ctrl-C or `request_stop`.
+
+        Ranks: local; to stop at the same step on every rank ask `agree_to_stop`.
+        """
+        return self._stop_requested
+
+    def request_stop(self) -> None:
+        """Ask for a stop at the next `agree_to_stop`, as a signal would.
+
+        Ranks: local; one rank is enough.
+        """
+        self._stop_requested = True
+
+    def agree_to_stop(self) -> bool:
+        """Whether any rank was asked to stop: the same answer on every rank.
+
+        Ranks: every rank must call.
+        """
+        return collectives.agree(self._stop_requested)
+
+    def first_failure(self, timeout_seconds: float = FIRST_FAILURE_SECONDS) -> RankFailure | None:
+        """The failure that was noted first in the whole job, by order of arrival; None if none comes in time.
+
+        Ranks: local.
+        """
+        return self._connection.first_failure(timeout_seconds)
+
+    def _surface(self, error: BaseException) -> RankFailedError | None:
+        """Tell the others of this rank's error, or learn whose failure caused it."""
+        if isinstance(error, SystemExit) and error.code in (0, None):
+            return None
+        _logger.error("the session ends with %s", type(error).__name__, exc_info=error, extra=logs.FILE_ONLY)
+        if not is_lost_connection(error):
+            if not (isinstance(error, RankwiseError) and error.on_every_rank):
+                self._connection.note_failure(error)
+            return None
+        failure = self.first_failure()
+        if failure is None or failure.rank == self.identity.rank:
+            return None
+        return RankFailedError((failure,), "failed first")
+
+
+@contextlib.contextmanager
+def init(
+    run_dir: Path | None = None,
+    *,
+    device_type: str | None = None,
+    timeout_seconds: float = 600.0,
+    backend: str | None = None,
+    log_level: int | str = "INFO",
+) -> Iterator[Session]:
+    """Set this process up for a run on all its ranks, and clean up at the end whatever happens.
+
+    In this order: identity, device, logs, process group, run.json, stop signals. World size 1 needs no
+    environment and makes no process group. A process group that exists already is used and left alone.
+
+    Args:
+        run_dir: gets run.json and a log file per rank; nothing is written without it.
+        device_type: as `select_device`.
+        timeout_seconds: how long a rank waits for the others, at the start and in every collective.
+        backend: of the process group; by default gloo on CPU, and gloo and NCCL on CUDA.
+        log_level: records below it go nowhere.
+    Raises:
+        LaunchError: the environment contradicts itself.
+        DeviceError: there is no device (at world size 1; otherwise RankFailedError on every rank).
+        RankFailedError: another rank could not start, or failed first and broke this rank's connection.
+    Ranks: every rank must enter.
+    """
+    if _open_session is not None:
+        raise RankwiseError("a session is open already in this process. Close it before the next `init`.")
+    identity = Identity.resolve(os.environ, hostname=socket.gethostname())
+    end_with_parent()
+    with contextlib.ExitStack() as stack:
+        device, setup_error = torch.device("cpu"), None
+        try:
+            device = select_device(identity, device_type)
+            stack.callback(logs.configure(identity, run_dir, log_level).close)
+        except RankwiseError as error:
+            setup_error = error
+        except OSError as error:
+            setup_error = _cannot_write(error)
+        session = Session(identity, device, run_dir)
+        session._connection.open(setup_error, backend, timedelta(seconds=timeout_seconds))
+        # Restored last: a second SIGTERM must not kill a rank that is just leaving in good order.
+        stack.enter_context(_stop_signals(session))
+        stack.callback(lambda: session._connection.close(failed=session._failed))
+        stack.callback(_set_open_session, None)
+        _set_open_session(session)
+        if run_dir is not None:
+            _write_run_file(session, run_dir)
+        _logger.info("%s", _start_line(session))
+        try:
+            yield session
+        except BaseException as error:
+            session._failed = True
+            first = session._surface(error)
+            if first is not None:
+                raise first from None
+            raise
+
+
+def _set_open_session(session: Session | None) -> None:
+    global _open_session
+    _open_session = session
+
+
+def _cannot_write(error: OSError) -> RankwiseError:
+    return RankwiseError(
+        f"cannot write {error.filename or 'the run directory'}: {error.strerror or error}. "
+        "Choose a run directory that this process can write, on a disk with room."
+    )
+
+
+@contextlib.contextmanager
+def _stop_signals(session: Session) -> Iterator[None]:
+    """SIGTERM and the first Ctrl-C ask for a stop; the second Ctrl-C is a KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    num_interrupts = 0
+
+    def on_terminate(number: int, frame: FrameType | None) -> None:
+        session.request_stop()
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal num_interrupts
+        num_interrupts += 1
+        if num_interrupts > 1:
+            raise KeyboardInterrupt
+        session.request_stop()
+        if session.identity.is_main_process:
+            os.write(2, b"rankwise: stopping in good order; press Ctrl-C again to stop at once\n")
+
+    wanted = {signal.SIGTERM: on_terminate, signal.SIGINT: on_interrupt}
+    # A signal that this process was started to ignore, as behind nohup, stays ignored.
+    previous = {
+        number: signal.signal(number, handler)
+        for number, handler in wanted.items()
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _start_line(session: Session) -> str:
+    identity = session.identity
+    nodes = "1 node" if identity.num_nodes == 1 else f"{identity.num_nodes} nodes"
+    return (
+        f"rank {identity.rank} of {identity.world_size} on {nodes} (launcher: {identity.launcher}), "
+        f"host {identity.hostname}, device {session.device}"
+    )
+
+
+def _write_run_file(session: Session, run_dir: Path) -> None:
+    """Write RUN/run.json: what runs, from which code, and where each rank is. No values of the environment."""
+    identity = session.identity
+    ranks = collectives.gather_objects(
+        {
+            "rank": identity.rank,
+            "local_rank": identity.local_rank,
+            "node_rank": identity.node_rank,
+            "host": identity.hostname,
+            "pid": os.getpid(),
+            "device": str(session.device),
+        }
+    )
+
+    def write() -> None:
+        from rankwise import __version__
+
+        content = {
+            "format": RUN_FORMAT,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": {
+                "rankwise": __version__,
+                "torch": str(torch.__version__),
+                "python": platform.python_version(),
+            },
+            "command": sys.orig_argv,
+            "git_revision": _git_revision(),
+            "launcher": identity.launcher,
+            "job_id": identity.job_id,
+            "world_size": identity.world_size,
+            "num_nodes": identity.num_nodes,
+            "ranks": ranks,
+        }
+        try:
+            write_atomic(run_dir / "run.json", json.dumps(content, indent=1) + "\n")
+        except OSError as error:
+            raise _cannot_write(error) from error
+
+    collectives.on_main_process(write)
+
+
+def _git_revision() -> str | None:
+    """The commit of the code that runs, None where it lies in no repository."""
+    script = Path(sys.argv[0]) if sys.argv and sys.argv[0] else Path()
+    folder = script.parent if script.is_file() else Path.cwd()
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        return done.stdout.strip() or None
+    return None
