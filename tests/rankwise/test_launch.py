@@ -1,0 +1,143 @@
+"""`rankwise run`, as people start it: real processes, real signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+RUN = [sys.executable, "-m", "rankwise", "run", "--nproc-per-node", "2"]
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Callable[[str], str]:
+    def write(body: str) -> str:
+        path = tmp_path / "script.py"
+        path.write_text("import os, pathlib, signal, sys, time\nrank = int(os.environ['RANK'])\n" + body)
+        return str(path)
+
+    return write
+
+
+def run(*command: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([*RUN, *command], capture_output=True, text=True, timeout=60, check=False)
+
+
+def wait_for(condition: Callable[[], bool], timeout_seconds: float = 30.0) -> bool:
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_every_rank_gets_its_place_and_its_share_of_the_cores(script: Callable[[str], str]) -> None:
+    result = run(
+        script("print(rank, os.environ['LOCAL_RANK'], os.environ['WORLD_SIZE'], os.environ['OMP_NUM_THREADS'])")
+    )
+    threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert sorted(result.stdout.split("\n")[:2]) == [f"0 0 2 {threads}", f"1 1 2 {threads}"]
+    assert result.returncode == 0
+
+
+def test_two_jobs_run_at_once_on_one_machine(script: Callable[[str], str]) -> None:
+    command = [*RUN, script("time.sleep(1)")]
+    jobs = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(2)]
+    errors = [job.communicate(timeout=60)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], errors
+
+
+def test_status_two_is_passed_on_without_a_word_of_ours(script: Callable[[str], str]) -> None:
+    result = run(script("print('error: said by the rank', file=sys.stderr) if rank == 1 else None; sys.exit(2)"))
+    assert result.returncode == 2
+    assert result.stderr == "error: said by the rank\n"
+
+
+def test_a_failing_rank_is_named_in_one_line(script: Callable[[str], str]) -> None:
+    result = run(script("sys.exit(7 if rank == 1 else time.sleep(30))"))
+    assert result.returncode == 7
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: rank 1 (pid ")
+    assert result.stderr.endswith("ended with exit status 7\n")
+
+
+def test_a_killed_rank_is_named(script: Callable[[str], str]) -> None:
+    result = run(script("os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(30)"))
+    assert result.returncode == 128 + signal.SIGKILL
+    assert "error: rank 1 (pid " in result.stderr
+    assert "was killed by SIGKILL" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_lets_the_ranks_finish(
+    number: signal.Signals, script: Callable[[str], str], tmp_path: Path
+) -> None:
+    body = f"""
+def stop(*_):
+    (pathlib.Path({str(tmp_path)!r}) / f"stopped-{{rank}}").touch()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+(pathlib.Path({str(tmp_path)!r}) / f"ready-{{rank}}").touch()
+time.sleep(60)
+"""
+    job = subprocess.Popen([*RUN, script(body)])
+    assert wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 2)
+    job.send_signal(number)
+    assert job.wait(timeout=30) == 0
+    assert len(list(tmp_path.glob("stopped-*"))) == 2
+
+
+def test_a_second_signal_kills_ranks_that_do_not_stop(script: Callable[[str], str], tmp_path: Path) -> None:
+    body = f"""
+signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path({str(tmp_path)!r}) / f"deaf-{{rank}}").touch())
+(pathlib.Path({str(tmp_path)!r}) / f"ready-{{rank}}").touch()
+while True:
+    time.sleep(1)
+"""
+    job = subprocess.Popen([*RUN, script(body)], stderr=subprocess.PIPE)
+    assert wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 2)
+    job.terminate()
+    assert wait_for(lambda: len(list(tmp_path.glob("deaf-*"))) == 2)
+    job.terminate()
+    job.communicate(timeout=30)
+    assert job.returncode == 128 + signal.SIGKILL
+
+
+def test_ranks_end_within_five_seconds_of_a_killed_launcher(script: Callable[[str], str], tmp_path: Path) -> None:
+    body = f"""
+import rankwise
+with rankwise.init():
+    (pathlib.Path({str(tmp_path)!r}) / f"ready-{{rank}}").write_text(str(os.getpid()))
+    while True:
+        time.sleep(1)
+"""
+    job = subprocess.Popen([*RUN, script(body)], stderr=subprocess.DEVNULL)
+    assert wait_for(lambda: len([p for p in tmp_path.glob("ready-*") if p.read_text()]) == 2)
+    ranks = [psutil.Process(int(path.read_text())) for path in tmp_path.glob("ready-*")]
+    job.kill()
+    job.wait()
+    gone, alive = psutil.wait_procs(ranks, timeout=5)
+    assert not alive
+    assert len(gone) == 2
+
+
+def test_torchrun_options_are_understood(script: Callable[[str], str]) -> None:
+    path = script("print('node', os.environ['GROUP_RANK'], 'port', os.environ['MASTER_PORT'])")
+    command = [
+        sys.executable,
+        "-m",
+        "rankwise",
+        "run",
+        "--nnodes=1",
+        "--nproc-per-node=1",
+        "--master-port=29871",
+        path,
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.stdout == "node 0 port 29871\n"
