@@ -1,0 +1,118 @@
+"""`TrainConfig`: every setting of a training run, composed of the settings that each part keeps beside its own code."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from videovae.data.clips import ClipsConfig
+from videovae.errors import ConfigError
+from videovae.losses import LossConfig
+from videovae.models.discriminator import DiscriminatorConfig
+from videovae.models.wfvae_config import WFVAEConfig
+from videovae.optim import OptimizerConfig
+
+# What a resumed run may change: how long, how often, where, and how the work is fed. All else decides the numbers.
+FREE_ON_RESUME = frozenset(
+    {
+        "run_dir",
+        "data",
+        "num_steps",
+        "log_every",
+        "eval_every",
+        "save_every",
+        "resume",
+        "timeout_seconds",
+        "clips.num_workers",
+        "clips.num_heldout_clips",
+        "clips.max_failed_fraction",
+        "loss.perceptual_weights",
+    }
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    run_dir: Path = Path("runs/videovae")
+    """Folder for everything the run writes."""
+    data: Path | None = None
+    """Folder of training videos, searched recursively; none: clips of moving textures are made in the run folder."""
+    num_steps: int = 100_000
+    """Optimizer steps, generator and discriminator together."""
+    seed: int = 0
+    """Decides the first weights, the order of the data and the noise."""
+    log_every: int = 10
+    """Steps between two log lines."""
+    eval_every: int = 1_000
+    """Steps between two evaluations on held-out clips; one more comes before the first and after the last step."""
+    save_every: int = 1_000
+    """Steps between two checkpoints; the last step is always saved."""
+    resume: str = "auto"
+    """`auto`: go on from the newest checkpoint of the run folder, if any. `never`: refuse a run folder that has one.
+    Else the path of a checkpoint or of a run folder to start from."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Type of the networks' arithmetic (autocast); weights, losses and averages stay float32. fp16 needs CUDA."""
+    ema_decay: float = 0.999
+    """Share of the old value that the averaged weights keep at each generator step."""
+    timeout_seconds: float = 600.0
+    """How long a rank waits for the others before it gives up."""
+    model: WFVAEConfig = field(default_factory=WFVAEConfig)
+    """The autoencoder."""
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    """The patch discriminator."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """What the autoencoder is trained for."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Both optimizers and their schedule."""
+    clips: ClipsConfig = field(default_factory=lambda: ClipsConfig(num_frames=25, height=256, width=256))
+    """How clips are cut from the videos."""
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but it counts steps: give 1 or more.")
+        if self.num_steps < 0:
+            raise ConfigError(f"num_steps is {self.num_steps}, but it counts steps: give 0 or more.")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay is {self.ema_decay}, but it is a share: give at least 0 and less than 1.")
+        if self.timeout_seconds <= 0:
+            raise ConfigError(f"timeout_seconds is {self.timeout_seconds}; give more than 0.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as a tree that JSON can hold; paths become strings."""
+        tree = _plain(dataclasses.asdict(self))
+        assert isinstance(tree, dict)
+        return tree
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Settings that a resumed run must not change but does, as `name: saved -> now`."""
+    old, new = _flat(saved), _flat(now)
+    return [
+        f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
+        for name in sorted(old.keys() | new.keys())
+        if name not in FREE_ON_RESUME and old.get(name) != new.get(name)
+    ]
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case Path():
+            return str(value)
+    return value
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

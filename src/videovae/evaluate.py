@@ -1,0 +1,105 @@
+"""How well the model reconstructs clips that it was not trained on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+import rankwise
+from videovae.config import TrainConfig
+from videovae.data.clips import heldout_clips
+from videovae.data.index import VideoEntry
+from videovae.data.video import to_model_range, to_pixels, write_video
+from videovae.quality import psnr
+from videovae.state import TrainState, autocast
+
+SAMPLE_FPS = 8
+SHEET_COLUMNS = 6
+
+Share = Sequence[tuple[int, UInt8[Tensor, "c t h w"]]]
+"""This rank's held-out clips, each with its number among all."""
+
+
+def heldout_share(videos: Sequence[VideoEntry], config: TrainConfig, identity: rankwise.Identity) -> Share:
+    """This rank's part of the held-out clips, decoded: clip number i belongs to rank i modulo the world size.
+
+    Ranks: local.
+    """
+    clips = heldout_clips(videos, config.clips)
+    mine = range(identity.rank, len(clips), identity.world_size)
+    return [(number, clips[number].read()) for number in mine]
+
+
+@torch.no_grad()
+def evaluate(
+    state: TrainState, heldout: Share, config: TrainConfig, device: torch.device
+) -> tuple[dict[str, float], UInt8[Tensor, "t h w c"] | None]:
+    """Mean PSNR over the held-out clips of all ranks, with the raw and with the averaged weights.
+
+    Returns:
+        The measures by name, equal on every rank; and, where this rank has clips, the first one above its
+        reconstruction with the averaged weights.
+    Ranks: every rank must call.
+    """
+    raw = [_score(state, clip, config, device) for _, clip in heldout]
+    with state.ema.applied_to(state.vae):
+        averaged = [_score(state, clip, config, device) for _, clip in heldout]
+        frames = _side_by_side(state, heldout[0][1], config, device, axis="h") if heldout else None
+    rows = [row for rows in rankwise.gather_objects(list(zip(raw, averaged, strict=True))) for row in rows]
+    return {
+        "heldout/psnr_db": fmean(row[0] for row in rows),
+        "heldout/psnr_ema_db": fmean(row[1] for row in rows),
+    }, frames
+
+
+@torch.no_grad()
+def save_samples(state: TrainState, heldout: Share, config: TrainConfig, device: torch.device) -> tuple[Path, Path]:
+    """Write the first held-out clip beside its reconstruction: a video, and a PNG sheet of frames.
+
+    Ranks: main process only.
+    Raises:
+        OSError: the run folder cannot be written.
+    """
+    with state.ema.applied_to(state.vae):
+        frames = _side_by_side(state, heldout[0][1], config, device, axis="w")
+    folder = config.run_dir / "samples"
+    folder.mkdir(exist_ok=True)
+    video, sheet = (folder / f"step-{state.step:08d}{suffix}" for suffix in (".mp4", ".png"))
+    write_video(video, frames.numpy(), fps=SAMPLE_FPS)
+    num_columns = min(SHEET_COLUMNS, len(frames))
+    chosen = torch.linspace(0, len(frames) - 1, num_columns).round().long()
+    tiles = rearrange(frames[chosen], "t h (two w) c -> (two h) (t w) c", two=2)
+    Image.fromarray(tiles.numpy()).save(sheet)
+    return video, sheet
+
+
+def _reconstruct(
+    state: TrainState, clip: UInt8[Tensor, "c t h w"], config: TrainConfig, device: torch.device
+) -> tuple[Float[Tensor, "1 c t h w"], Float[Tensor, "1 c t h w"]]:
+    x = to_model_range(clip[None].to(device))
+    state.vae.eval()
+    try:
+        with autocast(device, config.precision):
+            recon = state.vae(x, sample_posterior=False).recon
+    finally:
+        state.vae.train()
+    return x, recon.float().clamp(-1, 1)
+
+
+def _score(state: TrainState, clip: UInt8[Tensor, "c t h w"], config: TrainConfig, device: torch.device) -> float:
+    x, recon = _reconstruct(state, clip, config, device)
+    return psnr(recon, x, data_range=2.0).item()
+
+
+def _side_by_side(
+    state: TrainState, clip: UInt8[Tensor, "c t h w"], config: TrainConfig, device: torch.device, axis: str
+) -> UInt8[Tensor, "t h w c"]:
+    """The clip and its reconstruction, joined along one axis of the frame."""
+    _, recon = _reconstruct(state, clip, config, device)
+    both = torch.cat([clip, to_pixels(recon[0]).cpu()], dim="cthw".index(axis))
+    return rearrange(both, "c t h w -> t h w c").contiguous()

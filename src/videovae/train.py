@@ -1,0 +1,221 @@
+"""`train(config)`: the training run, read top to bottom."""
+
+import json
+from contextlib import ExitStack, closing
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+
+import rankwise
+from rankwise.checkpoint import CheckpointManager
+from rankwise.files import write_atomic
+from videovae.config import TrainConfig
+from videovae.data.video import to_model_range
+from videovae.evaluate import evaluate, heldout_share, save_samples
+from videovae.losses import (
+    adaptive_weight,
+    discriminator_loss,
+    generator_adversarial_loss,
+    is_discriminator_step,
+    reconstruction_terms,
+)
+from videovae.optim import learning_rate, set_learning_rate
+from videovae.resume import resume
+from videovae.state import TrainState, autocast, build_state, check_precision
+from videovae.tracking import ProgressLine, Tracker
+from videovae.videos import open_videos
+
+logger = rankwise.get_logger(__name__)
+
+
+def train(config: TrainConfig) -> int:
+    """Train until `config.num_steps`, or until a rank is asked to stop (SIGTERM, Ctrl-C), and save.
+
+    A run that is started again goes on from its newest checkpoint, to the same weights and losses.
+
+    Returns:
+        The step that was reached; below `config.num_steps` where the run was asked to stop.
+    Raises:
+        ConfigError, DataError, WeightsError: the settings, the videos or the weights cannot be used.
+        CheckpointError: saving failed on some rank; earlier checkpoints are untouched.
+        RankFailedError: another rank failed first.
+    Ranks: every rank must call.
+    """
+    with ExitStack() as stack:
+        # Who am I, where do I compute, and the group: identity -> device from local_rank -> process group.
+        session = stack.enter_context(rankwise.init(config.run_dir, timeout_seconds=config.timeout_seconds))
+        identity, device, is_main = session.identity, session.device, session.identity.is_main_process
+        rankwise.seed_all(config.seed, identity)
+        rankwise.on_main_process(check_precision, config.precision, device)
+
+        # The main process looks at the folder, every rank gets the same videos; then the model on the device, DDP,
+        # and this rank's share of the clips.
+        videos, heldout_videos = open_videos(config)
+        state = build_state(config, session, videos)
+        stack.enter_context(closing(state.loader))
+        heldout = heldout_share(heldout_videos, config, identity)
+
+        # The newest checkpoint, if this run has one.
+        checkpoints = CheckpointManager(config.run_dir / "checkpoints")
+        saved_step = resume(config, state, checkpoints)
+        if is_main:
+            write_atomic(config.run_dir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+        num_clips = config.clips.batch_size * identity.world_size
+        if is_main:
+            tracker = stack.enter_context(closing(Tracker(config.run_dir, state.step)))
+            progress = stack.enter_context(closing(ProgressLine(config.num_steps, state.step, rankwise.console())))
+
+        def measure_quality() -> None:
+            """Held-out PSNR with the raw and the averaged weights. Every rank must call."""
+            quality, frames = evaluate(state, heldout, config, device)
+            if is_main:
+                tracker.log(state.step, quality)
+                if frames is not None:
+                    tracker.clip(state.step, "heldout", frames)
+                logger.info(
+                    f"step {state.step}: held-out PSNR {quality['heldout/psnr_db']:.2f} dB, "
+                    f"with averaged weights {quality['heldout/psnr_ema_db']:.2f} dB",
+                    ranks="main",
+                )
+                progress.skip_pause()
+
+        def save() -> None:
+            """Every rank writes its part; the checkpoint appears when all have."""
+            nonlocal saved_step
+            checkpoints.save(state.step, state.items(config))
+            saved_step = state.step
+            logger.info(f"step {state.step}: saved {checkpoints.path(state.step)}", ranks="main")
+            if is_main:
+                progress.skip_pause()
+
+        if state.step == 0:
+            measure_quality()
+        while state.step < config.num_steps and not session.agree_to_stop():
+            batch = next(state.loader)
+            for name, reason in batch.failures:
+                logger.warning(f"skipped {name}: {reason}", once=True)
+            x = to_model_range(batch.video.to(device, non_blocking=True))
+            if is_discriminator_step(state.step, config.loss.disc_start):
+                discriminator_step(x, state, config)
+            else:
+                generator_step(x, state, config)
+            state.step += 1
+            if is_main:
+                clips_per_second = progress.advance(state.step, num_clips)
+
+            if _due(state.step, config.log_every, config.num_steps):
+                losses = rankwise.reduce_mean({name: value.item() for name, value in state.losses.items()})
+                if is_main:
+                    tracker.log(state.step, losses | {"clips_per_second": clips_per_second})
+                    progress.show(state.step, losses, clips_per_second, num_clips)
+            if _due(state.step, config.eval_every, config.num_steps):
+                measure_quality()
+            if _due(state.step, config.save_every, config.num_steps):
+                save()
+
+        if saved_step != state.step:
+            save()
+        if state.step < config.num_steps:
+            logger.info(f"stopped at step {state.step}; the same command goes on from here", ranks="main")
+        elif is_main:
+            video, sheet = save_samples(state, heldout, config, device)
+            logger.info(f"wrote {video} and {sheet}")
+        return state.step
+
+
+def generator_step(x: Float[Tensor, "b c t h w"], state: TrainState, config: TrainConfig) -> None:
+    """One step of the autoencoder, towards the clip and, from `disc_start` on, against the discriminator.
+
+    Ranks: every rank must call; gradients are averaged.
+    """
+    # The discriminator only judges here: bare, so that DDP reduces nothing for it, and frozen, so that no gradient
+    # of its weights is computed.
+    state.discriminator.requires_grad_(False)
+    with autocast(x.device, config.precision):
+        output = state.parallel_vae(x)
+        adversarial = None
+        if state.step >= config.loss.disc_start:
+            adversarial = generator_adversarial_loss(state.discriminator(output.recon))
+    coefficients = (output.encoder_coefficients, output.decoder_coefficients)
+    terms = reconstruction_terms(output.recon, x, output.posterior, coefficients, config.loss, state.perceptual)
+    loss = terms.nll + config.loss.kl_weight * terms.kl + config.loss.wavelet_weight * terms.wavelet
+    state.losses |= {"nll": terms.nll.detach(), "kl": terms.kl.detach(), "wavelet": terms.wavelet.detach()}
+    if adversarial is not None:
+        gradients = last_layer_gradients(terms.nll, adversarial, state)
+        weight = adaptive_weight(*gradients, config.loss.disc_weight)
+        loss = loss + weight * adversarial
+        state.losses |= {"adversarial": adversarial.detach(), "adversarial_weight": weight}
+    state.losses["generator"] = loss.detach()
+
+    rate = learning_rate(state.step, config.optimizer, config.optimizer.learning_rate)
+    _update(loss, state.vae, state.vae_optimizer, state.vae_scaler, rate, config.optimizer.max_grad_norm)
+    state.ema.update(state.vae)
+    state.discriminator.requires_grad_(True)
+
+
+def last_layer_gradients(
+    nll: Float[Tensor, ""], adversarial: Float[Tensor, ""], state: TrainState
+) -> tuple[Tensor, Tensor]:
+    """Gradients of both losses with respect to the decoder's last weight, averaged over the ranks.
+
+    `autograd.grad` does not pass through DDP's reduction, so without the one here every rank would weigh the
+    adversarial loss by its own clips.
+
+    Ranks: every rank must call.
+    """
+    layer = state.vae.last_layer
+    scale = state.vae_scaler.get_scale()  # 1 unless in float16, where small gradients would vanish
+    pair = torch.stack(
+        [torch.autograd.grad(loss * scale, layer, retain_graph=True)[0] / scale for loss in (nll, adversarial)]
+    )
+    if dist.is_initialized():
+        dist.all_reduce(pair)
+        pair /= dist.get_world_size()
+    return pair[0], pair[1]
+
+
+def discriminator_step(x: Float[Tensor, "b c t h w"], state: TrainState, config: TrainConfig) -> None:
+    """One step of the discriminator, on the clip and its reconstruction.
+
+    Ranks: every rank must call; gradients are averaged.
+    """
+    with torch.no_grad(), autocast(x.device, config.precision):
+        recon = state.vae(x).recon
+    with autocast(x.device, config.precision):
+        logits_real, logits_fake = state.parallel_discriminator(x, recon)
+    loss = discriminator_loss(logits_real, logits_fake, config.loss.disc_loss)
+    state.losses["discriminator"] = loss.detach()
+    rate = learning_rate(state.step, config.optimizer, config.optimizer.discriminator_peak)
+    _update(
+        loss,
+        state.discriminator,
+        state.discriminator_optimizer,
+        state.discriminator_scaler,
+        rate,
+        config.optimizer.discriminator_max_grad_norm,
+    )
+
+
+def _update(
+    loss: Float[Tensor, ""],
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    rate: float,
+    max_grad_norm: float | None,
+) -> None:
+    """Backward pass (DDP averages the gradients in it) and one optimizer step."""
+    set_learning_rate(optimizer, rate)
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    if max_grad_norm is not None:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def _due(step: int, every: int, num_steps: int) -> bool:
+    return step % every == 0 or step == num_steps
