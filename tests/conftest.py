@@ -1,9 +1,31 @@
-"""Fixtures that every test may use."""
+"""Fixtures that every test may use, and the check of every tensor's axes while tests run."""
 
 import os
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
+
+# Modules that hold settings are left out: a value of the wrong type has to meet their own message.
+install_import_hook(
+    [
+        "videovae.data.video",
+        "videovae.evaluate",
+        "videovae.losses.adversarial",
+        "videovae.losses.perceptual",
+        "videovae.losses.reconstruction",
+        "videovae.models.blocks",
+        "videovae.models.causal_conv",
+        "videovae.models.posterior",
+        "videovae.models.wavelet",
+        "videovae.models.wfvae",
+        "videovae.quality",
+        "videovae.reconstruct",
+        "videovae.train",
+    ],
+    # An int is a float, as in any signature.
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
 
 
 @pytest.fixture(scope="session")

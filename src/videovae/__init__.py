@@ -1,1 +1,20 @@
-"""A trainer for causal video VAEs, on top of rankwise."""
+"""A trainer for causal video VAEs, on top of rankwise.
+
+`load(DIR)` gives a model of a folder in the layout of diffusers; the command `videovae` does the rest. Importing this
+package imports no torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from videovae.models.pretrained import load
+
+__all__ = ["load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from videovae.models import pretrained
+
+        return getattr(pretrained, name)
+    raise AttributeError(f"module 'videovae' has no attribute {name!r}")

@@ -38,12 +38,12 @@ def heldout_share(videos: Sequence[VideoEntry], config: TrainConfig, identity: r
 @torch.no_grad()
 def evaluate(
     state: TrainState, heldout: Share, config: TrainConfig, device: torch.device
-) -> tuple[dict[str, float], UInt8[Tensor, "t h w c"] | None]:
+) -> tuple[dict[str, float], UInt8[Tensor, "t height width c"] | None]:
     """Mean PSNR over the held-out clips of all ranks, with the raw and with the averaged weights.
 
     Returns:
-        The measures by name, equal on every rank; and, where this rank has clips, the first one above its
-        reconstruction with the averaged weights.
+        The measures by name, equal on every rank and empty where no clip is held out; and, where this rank has
+        clips, the first one above its reconstruction with the averaged weights.
     Ranks: every rank must call.
     """
     raw = [_score(state, clip, config, device) for _, clip in heldout]
@@ -51,10 +51,10 @@ def evaluate(
         averaged = [_score(state, clip, config, device) for _, clip in heldout]
         frames = _side_by_side(state, heldout[0][1], config, device, axis="h") if heldout else None
     rows = [row for rows in rankwise.gather_objects(list(zip(raw, averaged, strict=True))) for row in rows]
-    return {
-        "heldout/psnr_db": fmean(row[0] for row in rows),
-        "heldout/psnr_ema_db": fmean(row[1] for row in rows),
-    }, frames
+    if not rows:
+        return {}, None
+    psnr_db, psnr_ema_db = (fmean(values) for values in zip(*rows, strict=True))
+    return {"heldout/psnr_db": psnr_db, "heldout/psnr_ema_db": psnr_ema_db}, frames
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def _score(state: TrainState, clip: UInt8[Tensor, "c t h w"], config: TrainConfi
 
 def _side_by_side(
     state: TrainState, clip: UInt8[Tensor, "c t h w"], config: TrainConfig, device: torch.device, axis: str
-) -> UInt8[Tensor, "t h w c"]:
+) -> UInt8[Tensor, "t height width c"]:
     """The clip and its reconstruction, joined along one axis of the frame."""
     _, recon = _reconstruct(state, clip, config, device)
     both = torch.cat([clip, to_pixels(recon[0]).cpu()], dim="cthw".index(axis))

@@ -29,6 +29,9 @@ from videovae.videos import open_videos
 
 logger = rankwise.get_logger(__name__)
 
+ON_CONSOLE = ("nll", "wavelet", "adversarial", "discriminator")
+"""Losses of the progress line; the metrics file and TensorBoard have all."""
+
 
 def train(config: TrainConfig) -> int:
     """Train until `config.num_steps`, or until a rank is asked to stop (SIGTERM, Ctrl-C), and save.
@@ -70,14 +73,13 @@ def train(config: TrainConfig) -> int:
         def measure_quality() -> None:
             """Held-out PSNR with the raw and the averaged weights. Every rank must call."""
             quality, frames = evaluate(state, heldout, config, device)
-            if is_main:
+            if is_main and quality:
                 tracker.log(state.step, quality)
                 if frames is not None:
                     tracker.clip(state.step, "heldout", frames)
                 logger.info(
                     f"step {state.step}: held-out PSNR {quality['heldout/psnr_db']:.2f} dB, "
-                    f"with averaged weights {quality['heldout/psnr_ema_db']:.2f} dB",
-                    ranks="main",
+                    f"with averaged weights {quality['heldout/psnr_ema_db']:.2f} dB"
                 )
                 progress.skip_pause()
 
@@ -109,7 +111,8 @@ def train(config: TrainConfig) -> int:
                 losses = rankwise.reduce_mean({name: value.item() for name, value in state.losses.items()})
                 if is_main:
                     tracker.log(state.step, losses | {"clips_per_second": clips_per_second})
-                    progress.show(state.step, losses, clips_per_second, num_clips)
+                    shown = {name: losses[name] for name in ON_CONSOLE if name in losses}
+                    progress.show(state.step, shown, clips_per_second, num_clips)
             if _due(state.step, config.eval_every, config.num_steps):
                 measure_quality()
             if _due(state.step, config.save_every, config.num_steps):
@@ -119,7 +122,7 @@ def train(config: TrainConfig) -> int:
             save()
         if state.step < config.num_steps:
             logger.info(f"stopped at step {state.step}; the same command goes on from here", ranks="main")
-        elif is_main:
+        elif is_main and heldout:
             video, sheet = save_samples(state, heldout, config, device)
             logger.info(f"wrote {video} and {sheet}")
         return state.step

@@ -147,6 +147,14 @@ def test_run_directory_holds_what_its_contract_says(tiny: TrainConfig) -> None:
     assert (run_dir / "logs" / "rank-00000.jsonl").read_text().count("\n") > 3
 
 
+def test_without_held_out_clips_there_is_no_evaluation_and_no_sample(tiny: TrainConfig) -> None:
+    config = replace(tiny, num_steps=2, clips=replace(tiny.clips, num_heldout_clips=0))
+    assert train(config) == 2
+    assert list(metrics(config.run_dir)) == [2]
+    assert "heldout/psnr_db" not in metrics(config.run_dir)[2]
+    assert not (config.run_dir / "samples").exists()
+
+
 def test_training_makes_held_out_reconstructions_better(tiny: TrainConfig) -> None:
     train(replace(tiny, num_steps=60, eval_every=60, save_every=60))
     rows = metrics(tiny.run_dir)
