@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
+# Before torch is imported: two processes that each take every core are many times slower than one thread each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Modules that hold settings are left out: a value of the wrong type has to meet their own message.
 install_import_hook(
     [

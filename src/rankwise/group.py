@@ -127,6 +127,8 @@ class Connection:
             device_id=self._device if is_cuda else None,
         )
         self._leave = self._destroy_group
+        # Gloo connects pair by pair: a rank that is done and leaves now would break those that still connect.
+        collectives.barrier()
 
     def _join_group(self, prefix: str, timeout: timedelta) -> None:
         here = (self._identity.rank, self._identity.world_size)

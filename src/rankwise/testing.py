@@ -260,6 +260,7 @@ def _run_rank(job: _Job, rank: int) -> None:
             torch.set_num_threads(1)
             store = f"file://{job.folder}/rendezvous"
             dist.init_process_group("gloo", store, timedelta(minutes=5), job.num_ranks, rank)
+            dist.barrier()  # a body without collectives may be over before the others have connected
             with warnings.catch_warnings():
                 _set_warning_filters(job.warning_filters)
                 body(*args, **kwargs)

@@ -37,9 +37,15 @@ def wait_for(condition: Callable[[], bool], timeout_seconds: float = 30.0) -> bo
     return True
 
 
-def test_every_rank_gets_its_place_and_its_share_of_the_cores(script: Callable[[str], str]) -> None:
+def test_every_rank_gets_its_place_and_its_share_of_the_cores(
+    script: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     result = run(
-        script("print(rank, os.environ['LOCAL_RANK'], os.environ['WORLD_SIZE'], os.environ['OMP_NUM_THREADS'])")
+        script(
+            "names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'OMP_NUM_THREADS')\n"
+            "os.write(1, (' '.join(os.environ[name] for name in names) + '\\n').encode())"
+        )
     )
     threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert sorted(result.stdout.split("\n")[:2]) == [f"0 0 2 {threads}", f"1 1 2 {threads}"]

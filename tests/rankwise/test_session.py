@@ -227,7 +227,7 @@ for session_number in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
         assert session.agree_to_stop() is (session_number == 1)
     assert not dist.is_initialized()
-print("done", os.environ["RANK"], flush=True)
+os.write(1, f"done {os.environ['RANK']}\\n".encode())
 
 blocked = folder / "run.json" if os.environ["RANK"] == "1" else folder
 try:
@@ -235,7 +235,7 @@ try:
         raise AssertionError("rank 1 has no run directory")
 except rankwise.RankFailedError as error:
     assert error.on_every_rank and error.failures[0].rank == 1, error
-    print("refused", os.environ["RANK"], flush=True)
+    os.write(1, f"refused {os.environ['RANK']}\\n".encode())
 if sys.argv[2] == "fail":
     with rankwise.init(folder, timeout_seconds=60) as session:
         if session.identity.rank == 0:
