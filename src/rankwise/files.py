@@ -14,7 +14,8 @@ def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
     Args:
         content: text is written as UTF-8.
     Raises:
-        OSError: the file could not be written; what was at `path` is untouched.
+        OSError: the file could not be written and what was at `path` is untouched; or only the last sync, that of the
+            directory, failed: then the new file is there, and a crash of the machine may bring back the old one.
     Ranks: local; one process per path.
     """
     target = Path(path)
@@ -32,8 +33,26 @@ def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
     fsync_directory(target.parent)
 
 
+def make_directory(path: str | os.PathLike[str]) -> None:
+    """Make a directory that a crash does not undo, with the parents it lacks; one that is there is fine.
+
+    Raises:
+        OSError: it could not be made; parents made until then stay.
+    Ranks: local; several processes may make the same one.
+    """
+    directory = Path(path)
+    if directory.is_dir():
+        return
+    make_directory(directory.parent)
+    directory.mkdir(exist_ok=True)
+    fsync_directory(directory.parent)
+
+
 def fsync_file(path: str | os.PathLike[str]) -> None:
-    """Make the content of a written file durable."""
+    """Make the content of a written file durable.
+
+    Ranks: local.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -42,5 +61,8 @@ def fsync_file(path: str | os.PathLike[str]) -> None:
 
 
 def fsync_directory(path: str | os.PathLike[str]) -> None:
-    """Make the names in a directory durable: without it a crash may undo a rename."""
+    """Make the names in a directory durable: without it a crash may undo a rename.
+
+    Ranks: local.
+    """
     fsync_file(path)

@@ -23,6 +23,7 @@ from rankwise.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
 )
+from rankwise.files import fsync_file
 from rankwise.testing import RankProcesses, on_ranks
 
 
@@ -103,11 +104,25 @@ def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
             json.loads(path.read_text())
 
 
-def test_saving_a_whole_step_again_changes_nothing(tmp_path: Path) -> None:
+def test_states_in_lists_come_back(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
+    nets = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 3)]
+    manager.save(1, {"nets": nets, "moments": PerRank((torch.ones(2), [torch.ones(3)]))})
+    fresh = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 3)]
+    first, second = torch.zeros(2), torch.zeros(3)
+    assert manager.load({"nets": fresh, "moments": PerRank((first, [second]))}) == 1
+    assert [net.weight.tolist() for net in fresh] == [net.weight.tolist() for net in nets]
+    assert (first.tolist(), second.tolist()) == ([1.0] * 2, [1.0] * 3)
+
+
+def test_saving_a_whole_step_again_changes_nothing_and_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     manager = CheckpointManager(tmp_path)
     manager.save(1, {"value": "first"})
     before = (manager.path(1) / "manifest.json").stat()
+    assert caplog.messages == []
     manager.save(1, {"value": "second"})
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert caplog.messages == [f"{manager.path(1)} is there and whole, so step 1 was not saved again"]
     assert manager.read("value") == "first"
     assert (manager.path(1) / "manifest.json").stat() == before
 
@@ -130,7 +145,7 @@ def test_broken_step_is_moved_aside_and_saved_anew(tmp_path: Path, damage: str) 
         (lambda state: state.pop("ema"), "it has items 'ema' unknown to this run"),
         (lambda state: state.update(extra=1), "it lacks items 'extra'"),
         (lambda state: state.update(rng=state["rng"].item), "it lacks items 'rng'"),
-        (lambda state: state["optimizers"].pop("g"), None),
+        (lambda state: state["optimizers"].pop("g"), "item 'optimizers' .* has keys 'g' unknown to this run"),
         (lambda state: state["optimizers"].update(d=state["optimizers"]["g"]), "lacks keys 'd'"),
         (lambda state: state.update(net=torch.nn.Linear(2, 4)), "item 'net' .* lacks keys 'weight', 'bias'"),
         (lambda state: state.update(net=make_state(hidden=5)["net"]), r"\['0.weight'\] has shape \(4, 2\)"),
@@ -138,16 +153,13 @@ def test_broken_step_is_moved_aside_and_saved_anew(tmp_path: Path, damage: str) 
     ],
 )
 def test_state_that_does_not_fit_is_refused_by_name(
-    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str | None
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
     manager = CheckpointManager(tmp_path)
     manager.save(1, make_state(1.0))
     state = make_state()
     change(state)
     before = torch.nn.utils.parameters_to_vector(state["net"].parameters()).tolist()
-    if message is None:
-        assert manager.load(state) == 1  # an empty dict holds nothing to restore
-        return
     with pytest.raises(CheckpointMismatchError, match=message):
         manager.load(state)
     if "AdamW" not in message:
@@ -226,7 +238,7 @@ def fail_to_save(tmp_path: Path, failing_rank: int) -> None:
     own = PerRank({"rank": rank})
     manager.save(1, {"own": own, "value": "first"})
     refuse = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
-    with mock.patch.object(commit, "fsync_file", refuse if rank == failing_rank else commit.fsync_file):  # noqa: SIM117
+    with mock.patch.object(commit, "fsync_file", refuse if rank == failing_rank else fsync_file):  # noqa: SIM117
         with pytest.raises(CheckpointError, match=f"step 2 was not saved, because of rank {failing_rank} ") as raised:
             manager.save(2, {"own": own, "value": "second"})
     assert "OSError: [Errno 28] No space left on device" in str(raised.value)
@@ -253,6 +265,9 @@ def fail_to_commit(tmp_path: Path, call: str) -> None:
         with pytest.raises(CheckpointError, match="No space left on device") as raised:
             manager.save(2, {"value": "second"})
     assert raised.value.on_every_rank
+    # Once renamed a step stays, and the message says that it is there.
+    assert manager.steps() == ([1, 2] if call == "fsync_directory" else [1])
+    assert ("step-00000002 is there and whole" in str(raised.value)) == (call == "fsync_directory")
     assert manager.load({"value": ""}, 1) == 1
     assert not list(tmp_path.glob(".staging-*"))
 
@@ -280,6 +295,100 @@ def test_damage_that_one_rank_finds_fails_the_load_on_all(tmp_path: Path) -> Non
     with pytest.raises(CheckpointNotFoundError, match="no step 9") as raised:
         manager.load({"own": PerRank(own)}, 9)
     assert raised.value.on_every_rank
+
+
+class Judge:
+    """Counts how often it was loaded, or refuses."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.num_loads = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.error is not None:
+            raise self.error
+        self.num_loads += 1
+
+
+@on_ranks(2)
+def test_no_rank_changes_anything_before_all_have_read_and_compared(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
+    judge, own = Judge(), torch.ones(2)
+    manager.save(1, {"judge": judge, "own": PerRank(own)})
+    target = torch.zeros(2 if dist.get_rank() == 0 else 3)
+    with pytest.raises(CheckpointMismatchError, match=r"step 1 was not loaded, because of rank 1 .* has shape \(2,\)"):
+        manager.load({"judge": judge, "own": PerRank(target)})
+    assert judge.num_loads == 0
+    assert target.tolist() == [0.0] * len(target)
+
+
+@on_ranks(2)
+def test_object_that_refuses_on_one_rank_fails_the_load_on_all_and_tells_what_is_left(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
+    manager.save(1, {"judge": PerRank(Judge())})
+    judge = Judge(ValueError("not mine") if dist.get_rank() == 1 else None)
+    with pytest.raises(CheckpointMismatchError, match=r"step 1 was loaded in part at most, .* of rank 1 .* not mine"):
+        manager.load({"judge": PerRank(judge)})
+
+
+@on_ranks(2, timeout_seconds=30.0)
+def test_error_whose_class_cannot_travel_reaches_all_ranks(tmp_path: Path) -> None:
+    class HomeMadeError(Exception):
+        pass
+
+    class HomeMadeMismatchError(CheckpointMismatchError):
+        pass
+
+    manager = CheckpointManager(tmp_path)
+    manager.save(1, {"judge": PerRank(Judge())})
+    for error, expected in (
+        (HomeMadeError("own"), CheckpointError),
+        (HomeMadeMismatchError("own"), CheckpointMismatchError),
+    ):
+        judge = Judge(error if dist.get_rank() == 1 else None)
+        with pytest.raises(CheckpointError, match=r"because of rank 1 .*own") as raised:
+            manager.load({"judge": PerRank(judge)})
+        assert type(raised.value) is expected
+        assert raised.value.on_every_rank
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_ranks_that_save_different_things_are_told(tmp_path: Path, existing: bool) -> None:
+    on_ranks(2)(save_different_things)(tmp_path=tmp_path, existing=existing)
+
+
+def save_different_things(tmp_path: Path, existing: bool) -> None:
+    manager = CheckpointManager(tmp_path)
+    other = dist.get_rank() == 1
+    if existing:
+        manager.save(1, {"a": 1})
+    calls: list[tuple[int, dict[str, Any], str]] = [
+        (2 if other else 1, {"a": 1}, "rank 1 saves step 2, rank 0 step 1"),
+        (1, {"a": 1, "b": 2} if other else {"a": 1}, r"rank 1 and rank 0 save different items \(b\)"),
+        (1, {"a": PerRank(1) if other else 1}, r"different items \(a\). .* in `PerRank` on all of them or on none"),
+        (1, {"a": 1, "../b": 2} if other else {"a": 1}, r"because of rank 1 .* cannot be named '../b'"),
+    ]
+    for step, state, message in calls:
+        with pytest.raises(CheckpointError, match=message) as raised:
+            manager.save(step, state)
+        assert raised.value.on_every_rank
+        rankwise.barrier()
+        assert manager.steps() == ([1] if existing else [])
+        assert not list(tmp_path.glob(".staging-*"))
+        rankwise.barrier()
+    manager.save(3, {"b": 1, "a": 2} if other else {"a": 2, "b": 1})  # the order is no difference
+    assert manager.latest() == 3
+
+
+def test_load_from_a_directory_that_cannot_be_read_says_so(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
+    refuse = mock.Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))
+    with mock.patch.object(commit, "find_steps", refuse), pytest.raises(CheckpointError) as raised:
+        manager.load({})
+    assert str(raised.value).startswith("no step was loaded, because the disk refused on the main process: [Errno 13]")
 
 
 NUM_VALUES = 20_000

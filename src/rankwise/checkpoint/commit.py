@@ -15,7 +15,7 @@ import shutil
 import uuid
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,8 +24,8 @@ import safetensors.torch
 import torch
 
 from rankwise.checkpoint.tree import flatten, unflatten
-from rankwise.errors import CheckpointCorruptError
-from rankwise.files import fsync_directory, fsync_file, write_atomic
+from rankwise.errors import CheckpointCorruptError, CheckpointError
+from rankwise.files import fsync_directory, fsync_file, make_directory, write_atomic
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ _CHUNK_BYTES = 1 << 22
 class FileRecord:
     """Size and checksum of one file, by which a change of it is found."""
 
-    bytes: int
+    num_bytes: int
     crc32: int
 
 
@@ -58,12 +58,18 @@ class Manifest:
 
 
 def step_name(step: int) -> str:
-    """The name of a step's directory."""
+    """The name of a step's directory.
+
+    Ranks: local.
+    """
     return f"step-{step:08d}"
 
 
 def find_steps(directory: Path) -> list[int]:
-    """The steps that were committed in `directory`, ascending."""
+    """The steps that were committed in `directory`, ascending.
+
+    Ranks: local; while a save runs, ranks may see different ones.
+    """
     if not directory.is_dir():
         return []
     names = (_STEP_NAME.fullmatch(entry.name) for entry in directory.iterdir())
@@ -72,13 +78,19 @@ def find_steps(directory: Path) -> list[int]:
 
 
 def rank_folder(rank: int) -> str:
-    """The folder of the items of one rank, within a step's directory."""
+    """The folder of the items of one rank, within a step's directory.
+
+    Ranks: local.
+    """
     return f"rank-{rank:05d}"
 
 
 def make_staging(directory: Path, step: int) -> Path:
-    """A fresh directory to fill; what killed saves left behind is removed first."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """A fresh directory to fill; what killed saves left behind is removed first.
+
+    Ranks: main process only.
+    """
+    make_directory(directory)
     for leftover in directory.glob(f"{STAGING_PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     staging = directory / f"{STAGING_PREFIX}{step_name(step)}-{uuid.uuid4().hex[:8]}"
@@ -87,30 +99,33 @@ def make_staging(directory: Path, step: int) -> Path:
 
 
 def move_aside(directory: Path, step: int) -> Path:
-    """Rename a broken step so that a whole one can take its place; nothing is deleted."""
+    """Rename a broken step so that a whole one can take its place; nothing is deleted.
+
+    Ranks: main process only.
+    """
     aside = directory / f"{BROKEN_PREFIX}{step_name(step)}-{uuid.uuid4().hex[:8]}"
     os.rename(directory / step_name(step), aside)
     return aside
 
 
 def write_item(folder: Path, name: str, value: object) -> dict[str, FileRecord]:
-    """Write one item durably.
+    """Write the files of one item durably; their names are durable once `folder` is synced.
 
     Returns:
         A record per file, by file name.
     Raises:
         CheckpointError: the value holds what cannot be stored.
         OSError: the disk refused.
+    Ranks: local; a shared item on the main process, an item of single ranks on each.
     """
     encoded, tensors = flatten(value, name)
-    paths = [folder / f"{name}.json"]
-    paths[0].write_text(json.dumps(encoded, allow_nan=False), encoding="utf-8")
+    contents = {f"{name}.json": json.dumps(encoded, allow_nan=False).encode()}
     if tensors:
-        paths.append(folder / f"{name}.safetensors")
-        safetensors.torch.save_file(tensors, paths[1])
-    for path in paths:
-        fsync_file(path)
-    return {path.name: file_record(path) for path in paths}
+        contents[f"{name}.safetensors"] = safetensors.torch.save(tensors)
+    for file, content in contents.items():
+        (folder / file).write_bytes(content)
+        fsync_file(folder / file)
+    return {file: FileRecord(len(content), zlib.crc32(content)) for file, content in contents.items()}
 
 
 def read_item(step_directory: Path, manifest: Manifest, name: str, folder: str = "") -> Any:
@@ -118,31 +133,56 @@ def read_item(step_directory: Path, manifest: Manifest, name: str, folder: str =
 
     Raises:
         CheckpointCorruptError: a file of it is missing or not what was written.
+    Ranks: local.
     """
-    prefix = f"{folder}/" if folder else ""
+    relative = f"{folder}/{name}" if folder else name
     content = {
-        suffix: _read_checked(step_directory, relative, manifest.files[relative])
+        suffix: _read_checked(step_directory, relative + suffix, manifest.files[relative + suffix])
         for suffix in (".json", ".safetensors")
-        if (relative := f"{prefix}{name}{suffix}") in manifest.files
+        if relative + suffix in manifest.files
     }
+    if ".json" not in content:
+        raise CheckpointCorruptError(
+            f"{step_directory / MANIFEST} lists the item {name!r}, but not its file {relative}.json. "
+            "Load another step (step=NUMBER), or move this one away."
+        )
     try:
         encoded = json.loads(content[".json"])
         stored = content.get(".safetensors")
         tensors: Mapping[str, torch.Tensor] = safetensors.torch.load(stored) if stored is not None else {}
         return unflatten(encoded, tensors)
     except (KeyError, ValueError, safetensors.SafetensorError, CheckpointCorruptError) as error:
-        raise CheckpointCorruptError(f"{step_directory / prefix}{name}.json cannot be read: {error}") from error
+        raise CheckpointCorruptError(f"{step_directory / relative}.json cannot be read: {_say(error)}.") from error
 
 
 def commit(staging: Path, manifest: Manifest) -> None:
     """Make the staged directory the step's, in one rename.
 
+    Raises:
+        CheckpointError: the step is there and whole, but a crash of the machine may undo the rename.
+        OSError: the disk refused before the rename; there is no such step.
     Ranks: main process only, after all ranks have written and synced their files.
     """
-    body = {"format": FORMAT, "versions": _versions(), **asdict(manifest)}
+    body = {
+        "format": FORMAT,
+        "versions": _versions(),
+        "step": manifest.step,
+        "world_size": manifest.world_size,
+        "shared_items": list(manifest.shared_items),
+        "per_rank_items": list(manifest.per_rank_items),
+        "files": {name: {"bytes": record.num_bytes, "crc32": record.crc32} for name, record in manifest.files.items()},
+    }
     write_atomic(staging / MANIFEST, json.dumps({**body, "crc32": _body_crc32(body)}, indent=1) + "\n")
-    os.rename(staging, staging.parent / step_name(manifest.step))
-    fsync_directory(staging.parent)
+    step_directory = staging.parent / step_name(manifest.step)
+    os.rename(staging, step_directory)
+    try:
+        fsync_directory(staging.parent)
+    except OSError as error:
+        # Taking back what is whole could only lose it: the disk that refuses here may refuse that too.
+        raise CheckpointError(
+            f"{step_directory} is there and whole, but the disk did not confirm its name ({error}): a crash of the "
+            "machine may undo it. Look after the disk, then save the step again to have it confirmed."
+        ) from error
 
 
 def read_manifest(step_directory: Path) -> Manifest:
@@ -150,6 +190,7 @@ def read_manifest(step_directory: Path) -> Manifest:
 
     Raises:
         CheckpointCorruptError: the manifest is missing, damaged, or of a later format.
+    Ranks: local.
     """
     path = step_directory / MANIFEST
     try:
@@ -166,10 +207,10 @@ def read_manifest(step_directory: Path) -> Manifest:
             world_size=body["world_size"],
             shared_items=tuple(body["shared_items"]),
             per_rank_items=tuple(body["per_rank_items"]),
-            files={name: FileRecord(**record) for name, record in body["files"].items()},
+            files={name: FileRecord(record["bytes"], record["crc32"]) for name, record in body["files"].items()},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointCorruptError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+        raise CheckpointCorruptError(f"{path} cannot be read: {_say(error)}.") from error
 
 
 def verify(step_directory: Path) -> None:
@@ -186,7 +227,10 @@ def verify(step_directory: Path) -> None:
 
 
 def file_record(path: Path) -> FileRecord:
-    """Size and checksum of a file on disk."""
+    """Size and checksum of a file on disk.
+
+    Ranks: local.
+    """
     num_bytes = crc32 = 0
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -206,13 +250,13 @@ def _try(path: Path, read: Callable[[Path], T]) -> T:
     try:
         return read(path)
     except OSError as error:
-        raise CheckpointCorruptError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise CheckpointCorruptError(f"{path} cannot be read: {_say(error)}.") from error
 
 
 def _require(path: Path, found: FileRecord, expected: FileRecord) -> None:
-    if found.bytes != expected.bytes:
+    if found.num_bytes != expected.num_bytes:
         raise CheckpointCorruptError(
-            f"{path} is damaged: {found.bytes} bytes long, {expected.bytes} were written. "
+            f"{path} is damaged: {found.num_bytes} bytes long, {expected.num_bytes} were written. "
             "Load another step (step=NUMBER), or move this one away."
         )
     if found != expected:
@@ -220,6 +264,18 @@ def _require(path: Path, found: FileRecord, expected: FileRecord) -> None:
             f"{path} is damaged: its checksum is {found.crc32:08x}, {expected.crc32:08x} was written. "
             "Load another step (step=NUMBER), or move this one away."
         )
+
+
+def _say(error: Exception) -> str:
+    """What went wrong, to stand at the end of a sentence."""
+    match error:
+        case OSError(strerror=str(reason)):
+            return reason
+        case KeyError():
+            return f"it lacks {error}"
+        case CheckpointCorruptError():
+            return str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def _body_crc32(body: Mapping[str, Any]) -> int:

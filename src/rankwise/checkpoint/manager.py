@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -14,6 +16,7 @@ from rankwise import collectives, logs
 from rankwise.checkpoint import commit
 from rankwise.checkpoint.state import PerRank, capture, check_fits, check_names, require_same, restore
 from rankwise.errors import (
+    CheckpointCorruptError,
     CheckpointError,
     CheckpointMismatchError,
     CheckpointNotFoundError,
@@ -25,6 +28,22 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _logger = logs.get_logger(__name__)
+
+_KINDS: dict[str, type[CheckpointError]] = {
+    kind.__name__: kind
+    for kind in (CheckpointNotFoundError, CheckpointCorruptError, CheckpointMismatchError, CheckpointError)
+}
+
+
+@dataclass
+class _Share:
+    """What one rank tells the others of its part in a save. Only plain values: all of it must pickle."""
+
+    step: str = ""
+    items: dict[str, bool] = field(default_factory=dict)
+    """By name, whether the item is `PerRank`."""
+    files: dict[str, commit.FileRecord] = field(default_factory=dict)
+    failure: RankFailure | None = None
 
 
 class CheckpointManager:
@@ -59,41 +78,51 @@ class CheckpointManager:
         return self.directory / commit.step_name(step)
 
     def save(self, step: int, state: Mapping[str, object]) -> None:
-        """Store `state` as `step`: on return it is whole and durable, or every rank raises and nothing changed.
+        """Store `state` as `step`: on return it is whole and durable, or every rank raises.
 
-        A step that is there whole already stays as it is; a broken one is moved aside.
+        Other steps are never touched. A step that is there whole already stays as it is, with a warning; a broken one
+        is moved aside.
 
         Args:
             state: by name, anything with `state_dict` and `load_state_dict`, tensors, plain values and nested
                 dicts, lists and tuples of these. The main process stores an item for all ranks; every rank
                 stores its own of what is wrapped in `PerRank`.
         Raises:
-            CheckpointError: a rank could not write its part; names rank and cause.
+            CheckpointError: a rank could not write its part, or ranks save different things; names rank and cause.
+                There is no such step then, but for one case: where the disk refused only to confirm the name of the
+                finished step, it is there, and the message says so.
         Ranks: every rank must call, with the same step and names. `state_dict` of an item that is not `PerRank`
             is called on the main process alone.
         """
-        staging = _on_main(self._begin, step, state)
-        if staging is None:
-            return
-        files: dict[str, commit.FileRecord] = {}
+        what = f"step {step} was not saved"
+        staging = _on_main(what, self._begin, step, state)
+        share = _Share()
         error: Exception | None = None
         try:
-            files = _write_share(staging, state)
+            check_names(state)
+            share.step = repr(step)
+            share.items = {name: isinstance(item, PerRank) for name, item in state.items()}
+            if staging is not None:
+                share.files = _write_share(staging, state)
         except Exception as raised:
             error = raised
-        rows = collectives.gather_objects((files, _describe(error)))
-        failures = [failure for _, failure in rows if failure is not None]
-        if failures:
-            _on_main(_discard, staging)
-            raise _together(CheckpointError(_tell(f"step {step} was not saved", failures))) from error
+            share.failure = collectives.describe(raised)
+        shares = collectives.gather_objects(share)
+        failures = [share.failure for share in shares if share.failure is not None]
+        reason = _tell(what, failures) if failures else _disagreement(what, shares)
+        if reason:
+            _on_main(what, _discard, staging)
+            raise _together(CheckpointError(reason)) from error
+        if staging is None:
+            return
         manifest = commit.Manifest(
             step=step,
-            world_size=len(rows),
-            shared_items=tuple(name for name, item in state.items() if not isinstance(item, PerRank)),
-            per_rank_items=tuple(name for name, item in state.items() if isinstance(item, PerRank)),
-            files={name: record for row, _ in rows for name, record in row.items()},
+            world_size=len(shares),
+            shared_items=tuple(name for name, per_rank in share.items.items() if not per_rank),
+            per_rank_items=tuple(name for name, per_rank in share.items.items() if per_rank),
+            files={name: record for share in shares for name, record in share.files.items()},
         )
-        _on_main(_commit, staging, manifest)
+        _on_main(what, _commit, staging, manifest)
 
     def load(self, state: Mapping[str, object], step: int | Literal["latest"] = "latest") -> int | None:
         """Bring the saved state back into the objects and tensors of `state`.
@@ -105,23 +134,20 @@ class CheckpointManager:
         Raises:
             CheckpointNotFoundError: there is no such step.
             CheckpointCorruptError: a file is missing or damaged; `state` is untouched.
-            CheckpointMismatchError: saved with other items, keys, shapes or number of ranks.
+            CheckpointMismatchError: saved with other items, keys, shapes, types or number of ranks; `state` is
+                untouched on all ranks, unless it was an object's own `load_state_dict` that refused: the message
+                then tells that `state` is partly loaded.
         Ranks: every rank must call; if it fails on one, it fails on all.
         """
-        chosen = _on_main(self._choose, step)
+        chosen = _on_main("no step was loaded", self._choose, step)
         if chosen is None:
             return None
-        error: Exception | None = None
-        try:
-            self._load_share(chosen, state)
-        except Exception as raised:
-            error = raised
-        rows = collectives.gather_objects((type(error) if error else None, _describe(error)))
-        failures = [(kind, failure) for kind, failure in rows if kind is not None and failure is not None]
-        if failures:
-            kind = failures[0][0] if issubclass(failures[0][0], CheckpointError) else CheckpointError
-            message = _tell(f"step {chosen} was not loaded", [failure for _, failure in failures])
-            raise _together(kind(message)) from error
+        # Every rank has read and compared all of its items before any rank changes anything.
+        with _voting(f"step {chosen} was not loaded"):
+            saved = self._read_share(chosen, state)
+        with _voting(f"step {chosen} was loaded in part at most, so this state must not be used"):
+            for name, item in state.items():
+                restore(_target(item), saved.pop(name), self._where(name, chosen))
         return chosen
 
     def read(self, name: str, step: int | Literal["latest"] = "latest", *, rank: int | None = None) -> Any:
@@ -157,19 +183,27 @@ class CheckpointManager:
         return step
 
     def _begin(self, step: int, state: Mapping[str, object]) -> Path | None:
+        """Where to write the step; None where it is there and whole."""
         check_names(state)
         if type(step) is not int or step < 0:
             raise CheckpointError(f"a step is a whole number from 0 on, not {step!r}.")
         if self.path(step).exists():
             try:
                 commit.verify(self.path(step))
-                return None
             except CheckpointError as error:
                 aside = commit.move_aside(self.directory, step)
                 _logger.warning("step %d was broken (%s) and now lies in %s", step, error, aside)
+            else:
+                fsync_directory(self.directory)  # the save that made it may have failed at just this
+                _logger.warning("%s is there and whole, so step %d was not saved again", self.path(step), step)
+                return None
         return commit.make_staging(self.directory, step)
 
-    def _load_share(self, step: int, state: Mapping[str, object]) -> None:
+    def _where(self, name: str, step: int) -> str:
+        return f"item {name!r} of {self.path(step)}"
+
+    def _read_share(self, step: int, state: Mapping[str, object]) -> dict[str, Any]:
+        """What is saved for this rank, by name, after it was found to fit into `state`."""
         directory = self.path(step)
         manifest = commit.read_manifest(directory)
         rank, world_size = _rank_and_world_size()
@@ -186,10 +220,8 @@ class CheckpointManager:
         for name, item in state.items():
             folder = commit.rank_folder(rank) if isinstance(item, PerRank) else ""
             saved[name] = commit.read_item(directory, manifest, name, folder)
-            check_fits(_target(item), saved[name], f"item {name!r} of {directory}")
-        # Everything was read and compared before anything is changed.
-        for name, item in state.items():
-            restore(_target(item), saved.pop(name), f"item {name!r} of {directory}")
+            check_fits(_target(item), saved[name], self._where(name, step))
+        return saved
 
 
 def _write_share(staging: Path, state: Mapping[str, object]) -> dict[str, commit.FileRecord]:
@@ -208,8 +240,7 @@ def _write_share(staging: Path, state: Mapping[str, object]) -> dict[str, commit
         for name, item in state.items():
             if name not in own:
                 files |= commit.write_item(staging, name, capture(item))
-        fsync_directory(staging)
-    return files
+    return files  # the names in `staging` become durable with the manifest's
 
 
 def _commit(staging: Path, manifest: commit.Manifest) -> None:
@@ -220,8 +251,28 @@ def _commit(staging: Path, manifest: commit.Manifest) -> None:
         raise
 
 
-def _discard(staging: Path) -> None:
-    shutil.rmtree(staging, ignore_errors=True)
+def _discard(staging: Path | None) -> None:
+    if staging is not None:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _disagreement(what: str, shares: list[_Share]) -> str:
+    """A message that names the first rank that saves something else than rank 0; empty where all save the same."""
+    first = shares[0]
+    for rank, share in enumerate(shares):
+        if share.step != first.step:
+            return (
+                f"{what}: rank {rank} saves step {share.step}, rank 0 step {first.step}. "
+                "Save the same step on every rank."
+            )
+        if share.items != first.items:
+            pairs = sorted(share.items.items() ^ first.items.items())
+            names = ", ".join(dict.fromkeys(name for name, _ in pairs))
+            return (
+                f"{what}: rank {rank} and rank 0 save different items ({names}). "
+                "Save the same names on every rank, each in `PerRank` on all of them or on none."
+            )
+    return ""
 
 
 def _target(item: object) -> object:
@@ -232,20 +283,39 @@ def _rank_and_world_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _on_main(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """`on_main_process`, where what the disk refuses is a `CheckpointError` on every rank."""
+def _on_main(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """`on_main_process`; what the disk refuses is a `CheckpointError` on every rank, which begins with `what`."""
 
     def attempt() -> T:
         try:
             return function(*args, **kwargs)
         except OSError as error:
-            raise CheckpointError(f"the main process could not write a checkpoint: {error}") from error
+            raise CheckpointError(f"{what}, because the disk refused on the main process: {error}") from error
 
     return collectives.on_main_process(attempt)
 
 
-def _describe(error: Exception | None) -> RankFailure | None:
-    return None if error is None else collectives.describe(error)
+@contextlib.contextmanager
+def _voting(what: str) -> Iterator[None]:
+    """Where the block fails on any rank, an error that begins with `what` on every rank.
+
+    Ranks: every rank must enter; each waits at the end for the others.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    # By name: a class that a library or a user made may not pickle, and the other ranks would wait for ever.
+    rows = collectives.gather_objects(None if error is None else (_kind_name(error), collectives.describe(error)))
+    failures = [row for row in rows if row is not None]
+    if failures:
+        kind = _KINDS[failures[0][0]]
+        raise _together(kind(_tell(what, [failure for _, failure in failures]))) from error
+
+
+def _kind_name(error: Exception) -> str:
+    return next((kind.__name__ for kind in type(error).__mro__ if kind in _KINDS.values()), CheckpointError.__name__)
 
 
 def _together(error: CheckpointError) -> CheckpointError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -12,6 +12,7 @@ from rankwise.errors import CheckpointError, CheckpointMismatchError
 
 _ITEM_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _NUM_KEYS_SHOWN = 4
+_ADVICE = "Resume with the settings that it was saved with."
 
 
 @runtime_checkable
@@ -27,6 +28,8 @@ class PerRank:
     """Marks an item that every rank stores for itself, such as random states and places in the data.
 
     What is not marked is taken to be equal on all ranks and stored once, by the main process.
+
+    Ranks: local; the same items are marked on every rank.
     """
 
     def __init__(self, item: object) -> None:
@@ -34,7 +37,10 @@ class PerRank:
 
 
 def check_names(state: Mapping[str, object]) -> None:
-    """Raise `CheckpointError` unless every item's name can be a file's name."""
+    """Raise `CheckpointError` unless every item's name can be a file's name.
+
+    Ranks: local.
+    """
     for name in state:
         if not isinstance(name, str) or not _ITEM_NAME.fullmatch(name):
             raise CheckpointError(
@@ -45,7 +51,10 @@ def check_names(state: Mapping[str, object]) -> None:
 
 
 def capture(value: object) -> Any:
-    """`value` with everything that has a `state_dict` replaced by it."""
+    """`value` with everything that has a `state_dict` replaced by it.
+
+    Ranks: local, unless the `state_dict` of what is in there says otherwise.
+    """
     if isinstance(value, Stateful):
         return capture(value.state_dict())
     if isinstance(value, Mapping):
@@ -58,20 +67,41 @@ def capture(value: object) -> Any:
 def check_fits(target: object, saved: Any, where: str) -> None:
     """Raise `CheckpointMismatchError` where `saved` cannot be loaded into `target`; changes nothing.
 
-    Modules are compared key by key; other objects judge in their own `load_state_dict`.
+    Names of mappings, lengths of sequences that hold state, and shapes and types of tensors are compared. Plain values
+    are not, nor sequences of nothing else. Modules are compared key by key; other objects judge in their own
+    `load_state_dict`.
+
+    Ranks: local.
     """
     if isinstance(target, torch.nn.Module):
         _check_tensors(dict(target.state_dict()), saved, where)
     elif isinstance(target, torch.Tensor):
         _check_tensors({"": target}, {"": saved}, where)
-    elif isinstance(target, Mapping) and not isinstance(target, Stateful) and _holds_state(target):
+    elif isinstance(target, Stateful) or (_is_plain(target) and _is_plain(saved)):
+        return
+    elif isinstance(target, Mapping):
         _check_keys(target, saved, where)
         for key, item in target.items():
             check_fits(item, saved[key], f"{where}[{key!r}]")
+    elif isinstance(target, (list, tuple)):
+        _check_length(target, saved, where)
+        for index, item in enumerate(target):
+            check_fits(item, saved[index], f"{where}[{index}]")
+    else:
+        raise CheckpointMismatchError(
+            f"{where} holds {_kind(saved)}, this run has {_kind(target)} there, which cannot take it back. {_ADVICE}"
+        )
 
 
 def restore(target: object, saved: Any, where: str) -> None:
-    """Bring `saved` back into the objects and tensors of `target`; plain values stay as they are."""
+    """Bring `saved`, which `check_fits` has passed, back into the objects and tensors of `target`.
+
+    Plain values stay as they are.
+
+    Raises:
+        CheckpointMismatchError: an object's own `load_state_dict` refused; what stands before it is restored.
+    Ranks: local, unless the `load_state_dict` of what is in there says otherwise.
+    """
     if isinstance(target, Stateful):
         try:
             target.load_state_dict(saved)
@@ -85,14 +115,20 @@ def restore(target: object, saved: Any, where: str) -> None:
             target.copy_(saved)
     elif isinstance(target, Mapping):
         for key, item in target.items():
-            if _holds_state(item):
-                restore(item, saved[key], f"{where}[{key!r}]")
+            restore(item, saved[key], f"{where}[{key!r}]")
+    elif isinstance(target, (list, tuple)) and not _is_plain(target):
+        for index, item in enumerate(target):
+            restore(item, saved[index], f"{where}[{index}]")
 
 
-def require_same(what: str, here: Sequence[str], there: Sequence[str], where: str) -> None:
-    """Raise `CheckpointMismatchError` unless both sides have the same names."""
-    missing = [name for name in here if name not in set(there)]
-    unexpected = [name for name in there if name not in set(here)]
+def require_same(what: str, here: Iterable[Hashable], there: Iterable[Hashable], where: str) -> None:
+    """Raise `CheckpointMismatchError` unless both sides have the same names.
+
+    Ranks: local.
+    """
+    needed, found = dict.fromkeys(here), dict.fromkeys(there)
+    missing = [name for name in needed if name not in found]
+    unexpected = [name for name in found if name not in needed]
     if not missing and not unexpected:
         return
     parts = []
@@ -100,24 +136,27 @@ def require_same(what: str, here: Sequence[str], there: Sequence[str], where: st
         parts.append(f"it lacks {what} {_some(missing)}")
     if unexpected:
         parts.append(f"it has {what} {_some(unexpected)} unknown to this run")
-    raise CheckpointMismatchError(
-        f"{where} does not fit: {' and '.join(parts)}. Resume with the settings that it was saved with."
-    )
+    raise CheckpointMismatchError(f"{where} does not fit: {' and '.join(parts)}. {_ADVICE}")
 
 
-def _holds_state(value: object) -> bool:
-    if isinstance(value, (Stateful, torch.Tensor)):
-        return True
-    return isinstance(value, Mapping) and any(_holds_state(item) for item in value.values())
+def _is_plain(value: object) -> bool:
+    """Whether there is nothing in `value` to restore and nothing to compare by name."""
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    if isinstance(value, Mapping) and not isinstance(value, Stateful):
+        return not value
+    return not isinstance(value, (Stateful, torch.Tensor))
 
 
 def _check_keys(target: Mapping[Any, object], saved: Any, where: str) -> None:
     if not isinstance(saved, Mapping):
-        raise CheckpointMismatchError(
-            f"{where} holds a {type(saved).__name__}, this run has a mapping there. "
-            "Resume with the settings that it was saved with."
-        )
-    require_same("keys", [str(key) for key in target], [str(key) for key in saved], where)
+        raise CheckpointMismatchError(f"{where} holds {_kind(saved)}, this run has a mapping there. {_ADVICE}")
+    require_same("keys", target, saved, where)
+
+
+def _check_length(target: Sequence[object], saved: Any, where: str) -> None:
+    if not isinstance(saved, (list, tuple)) or len(saved) != len(target):
+        raise CheckpointMismatchError(f"{where} holds {_kind(saved)}, this run has {_kind(target)} there. {_ADVICE}")
 
 
 def _check_tensors(target: Mapping[str, Any], saved: Any, where: str) -> None:
@@ -125,15 +164,31 @@ def _check_tensors(target: Mapping[str, Any], saved: Any, where: str) -> None:
     for key, tensor in target.items():
         if not isinstance(tensor, torch.Tensor):
             continue
-        found = saved[key]
-        if not isinstance(found, torch.Tensor) or found.shape != tensor.shape:
-            seen = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        found, place = saved[key], f"{where}[{key!r}]" if key else where
+        if not isinstance(found, torch.Tensor):
+            raise CheckpointMismatchError(f"{place} holds {_kind(found)}, this run has a tensor there. {_ADVICE}")
+        if found.shape != tensor.shape:
             raise CheckpointMismatchError(
-                f"{where}{f'[{key!r}]' if key else ''} has shape {seen}, this run needs {tuple(tensor.shape)}. "
-                "Resume with the settings that it was saved with."
+                f"{place} has shape {tuple(found.shape)}, this run needs {tuple(tensor.shape)}. {_ADVICE}"
             )
+        if found.dtype != tensor.dtype:
+            raise CheckpointMismatchError(f"{place} is {found.dtype}, this run needs {tensor.dtype}. {_ADVICE}")
 
 
-def _some(names: Sequence[str]) -> str:
+def _kind(value: object) -> str:
+    """What a value is, in words for a message."""
+    match value:
+        case torch.Tensor():
+            return "a tensor"
+        case list() | tuple():
+            return f"a {type(value).__name__} of {len(value)}"
+        case None:
+            return "None"
+        case Mapping():
+            return "a mapping"
+    return f"a value of type {type(value).__name__}"
+
+
+def _some(names: Sequence[Hashable]) -> str:
     shown = ", ".join(repr(name) for name in names[:_NUM_KEYS_SHOWN])
     return f"{shown}, ... ({len(names)})" if len(names) > _NUM_KEYS_SHOWN else shown
