@@ -106,7 +106,8 @@ def on_main_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
 
     Raises:
         RankwiseError: the main process raised this one; every rank raises an equal one.
-        RankFailedError: the main process raised anything else; its traceback is in the message.
+        RankFailedError: the main process raised anything else; its traceback is in the message. SystemExit and
+            KeyboardInterrupt stay themselves on the main process.
     Ranks: every rank must call; the others wait. The result must pickle.
     """
     if not dist.is_initialized():
@@ -119,10 +120,10 @@ def on_main_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
     try:
         value = function(*args, **kwargs)
         payload = pickle.dumps(_Outcome(value))
-    except Exception as error:
+    except BaseException as error:
         everywhere = _for_every_rank(error)
         broadcast_object(pickle.dumps(_Outcome(error=everywhere)))
-        if everywhere is error:
+        if everywhere is error or not isinstance(error, Exception):
             raise
         raise everywhere from error
     broadcast_object(payload)
@@ -147,7 +148,7 @@ def main_process_first() -> Iterator[None]:
     else:
         try:
             yield
-        except Exception as error:
+        except BaseException as error:
             broadcast_object(_for_every_rank(error))
             raise
         broadcast_object(_NO_ERROR)
@@ -183,7 +184,7 @@ class _Outcome(Generic[T]):
     error: RankwiseError | None = None
 
 
-def _for_every_rank(error: Exception) -> RankwiseError:
+def _for_every_rank(error: BaseException) -> RankwiseError:
     """The error itself where it is one of ours and survives the journey, else one that tells of it."""
     if isinstance(error, RankwiseError):
         error.on_every_rank = True

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict
 from datetime import timedelta
 
@@ -22,6 +24,8 @@ from rankwise.errors import LaunchError, RankFailedError, RankFailure, RankwiseE
 from rankwise.identity import Identity
 
 CLOSE_SECONDS = 10.0
+STOP_GRACE_SECONDS = 5.0
+"""How long a rank that was asked to stop still waits for the others to start."""
 
 _FIRST_FAILURE = "first_failure"
 _SETUP_FAILURE = "setup_failure"
@@ -42,25 +46,27 @@ _rendezvous_store: Store | None = None
 class Connection:
     """What ties this process to the other ranks of a session; at world size 1, nothing."""
 
-    def __init__(self, identity: Identity, device: torch.device) -> None:
+    def __init__(self, identity: Identity, stop_requested: Callable[[], bool]) -> None:
         self._identity = identity
-        self._device = device
+        self._stop_requested = stop_requested
+        self._device = torch.device("cpu")
         self._store: Store | None = None
         self._leave: Callable[[bool], None] | None = None
 
-    def open(self, setup_error: RankwiseError | None, backend: str | None, timeout: timedelta) -> None:
+    def open(
+        self, device: torch.device, setup_error: RankwiseError | None, backend: str | None, timeout: timedelta
+    ) -> None:
         """Make or find the process group, or raise on every rank what any rank could not set up.
+
+        After an error `note_failure` and `first_failure` still reach the others, until `close`.
 
         Ranks: every rank must call.
         """
         prefix = f"rankwise/session-{next(_connection_numbers)}"
+        self._device = device
         if dist.is_initialized():
             self._join_group(prefix, timeout)
-            try:
-                collectives.raise_together(setup_error)
-            except BaseException:
-                self.close(failed=True)
-                raise
+            collectives.raise_together(setup_error)
         elif self._identity.world_size > 1:
             self._make_group(prefix, setup_error, backend, timeout)
         elif setup_error is not None:
@@ -113,20 +119,19 @@ class Connection:
     def _make_group(
         self, prefix: str, setup_error: RankwiseError | None, backend: str | None, timeout: timedelta
     ) -> None:
-        store = _rendezvous(self._identity, timeout)
+        store = _rendezvous(self._identity, timeout, self._stop_requested)
         self._store = PrefixStore(prefix, store.clone())  # type: ignore[attr-defined]
         self._vote_to_start(self._store, setup_error, timeout)
-        is_cuda = self._device.type == "cuda"
+        self._leave = self._destroy_group
         dist.init_process_group(
-            # The CPU side carries messages and flags: they must not wait for, or break, what the device does.
-            backend or ("cpu:gloo,cuda:nccl" if is_cuda else "gloo"),
+            backend or _default_backend(self._device),
             store=PrefixStore(f"{prefix}/group", store),
             rank=self._identity.rank,
             world_size=self._identity.world_size,
             timeout=timeout,
-            device_id=self._device if is_cuda else None,
+            device_id=self._device if self._device.index is not None else None,
         )
-        self._leave = self._destroy_group
+        _add_cpu_side(timeout)
         # Gloo connects pair by pair: a rank that is done and leaves now would break those that still connect.
         collectives.barrier()
 
@@ -138,9 +143,8 @@ class Connection:
                 f"the environment says rank {here[0]} of {here[1]}. Make both agree, or let `init` make it."
             )
         self._store = PrefixStore(prefix, _get_default_store().clone())  # type: ignore[attr-defined]
-        if "gloo" not in dist.get_backend_config():
-            cpu_group = dist.new_group(backend="gloo", timeout=timeout)
-            collectives.use_cpu_group(cpu_group)
+        cpu_group = _add_cpu_side(timeout)
+        if cpu_group is not None:
             self._leave = lambda failed: _forget_cpu_group(cpu_group)
 
     def _vote_to_start(self, store: Store, error: RankwiseError | None, timeout: timedelta) -> None:
@@ -151,22 +155,30 @@ class Connection:
         if store.add("num_started", 1) == world_size:
             store.set("all_started", "")
         try:
-            store.wait(["all_started"], timeout)
-        except dist.DistError as timed_out:
-            raise RankwiseError(
-                f"{store.add('num_started', 0)} of {world_size} ranks started within "
-                f"{timeout.total_seconds():g} s. See the output of the others, or give more time (timeout_seconds)."
-            ) from timed_out
+            seconds = timeout.total_seconds()
+            if not _wait(lambda: store.check(["all_started"]), seconds, self._stop_requested):
+                when = "when this one was asked to stop" if self._stop_requested() else f"within {seconds:g} s"
+                raise RankwiseError(
+                    f"{store.add('num_started', 0)} of {world_size} ranks started {when}. "
+                    "See the output of the others, or give more time (timeout_seconds)."
+                )
+        except BaseException as gave_up:
+            # Those who still come must not wait for a group that cannot be.
+            self.note_failure(gave_up, _SETUP_FAILURE)
+            raise
         if store.check([_SETUP_FAILURE]):
             together = RankFailedError((RankFailure(**json.loads(store.get(_SETUP_FAILURE))),))
             together.on_every_rank = True
             raise together from error
 
     def _destroy_group(self, failed: bool) -> None:
-        if self._device.index is not None:
-            torch.accelerator.set_device_index(self._device.index)  # a new thread starts on device 0
+        collectives.use_cpu_group(None)
+        if dist.group.WORLD is None:  # it could not be made
+            return
         with contextlib.suppress(RuntimeError):
-            if failed and dist.group.WORLD is not None:
+            if self._device.index is not None:
+                torch.accelerator.set_device_index(self._device.index)  # a new thread starts on device 0
+            if failed:
                 dist.group.WORLD.abort()
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
@@ -183,8 +195,25 @@ def is_lost_connection(error: BaseException) -> bool:
             return True
         if isinstance(seen, RuntimeError) and any(words in str(seen) for words in _LOST_CONNECTION):
             return True
-        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+        # What it was merely raised in the handling of is no cause: an error of ours while we tidy up stays ours.
+        seen = seen.__cause__
     return False
+
+
+def _default_backend(device: torch.device) -> str:
+    """The CPU side carries messages and flags: they must not wait for, or break, what the device does."""
+    if device.type == "cpu":
+        return "gloo"
+    return f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+
+
+def _add_cpu_side(timeout: timedelta) -> dist.ProcessGroup | None:
+    """Make a group for what ranks say over the CPU, where the default group has no gloo there."""
+    if "cpu:gloo" in dist.get_backend_config():
+        return None
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
+    collectives.use_cpu_group(group)
+    return group
 
 
 def _forget_cpu_group(group: dist.ProcessGroup) -> None:
@@ -193,7 +222,24 @@ def _forget_cpu_group(group: dist.ProcessGroup) -> None:
         dist.destroy_process_group(group)
 
 
-def _rendezvous(identity: Identity, timeout: timedelta) -> Store:
+def _wait(is_done: Callable[[], bool], timeout_seconds: float, stop_requested: Callable[[], bool]) -> bool:
+    """Whether `is_done` came true in time; signal handlers run meanwhile, as they would not in the store's own wait.
+
+    A stop request leaves some seconds: ranks that start only a moment later all stop together in good order.
+    """
+    start = time.monotonic()
+    deadline, stopping = start + timeout_seconds, False
+    while not is_done():
+        now = time.monotonic()
+        if stop_requested() and not stopping:
+            stopping, deadline = True, min(deadline, now + STOP_GRACE_SECONDS)
+        if now >= deadline:
+            return False
+        time.sleep(min(1.0, max(0.01, (now - start) / 8)))
+    return True
+
+
+def _rendezvous(identity: Identity, timeout: timedelta, stop_requested: Callable[[], bool]) -> Store:
     """The store through which the ranks find each other; one for all sessions of this process.
 
     A second store on the same port would race with the first one's end, and torch's own default prefix would
@@ -210,13 +256,24 @@ def _rendezvous(identity: Identity, timeout: timedelta) -> Store:
         )
     if not os.environ["MASTER_PORT"].isdecimal():
         raise LaunchError(f"MASTER_PORT={os.environ['MASTER_PORT']!r} is no port. Set a number in 1..65535.")
+    found: Future[Store] = Future()
+
+    def find() -> None:
+        try:
+            handler = rendezvous("env://", identity.rank, identity.world_size, timeout=timeout)
+            found.set_result(next(iter(handler))[0])
+        except BaseException as error:
+            found.set_exception(error)
+
+    # In a thread, because it waits where no signal handler runs; it ends by its own timeout.
+    threading.Thread(target=find, name="rankwise-rendezvous", daemon=True).start()
+    told = f"rank {identity.rank} of {identity.world_size} did not find the others at "
+    told += f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if not _wait(found.done, math.inf, stop_requested):
+        raise RankwiseError(f"{told} before it was asked to stop.")
     try:
-        found = rendezvous("env://", identity.rank, identity.world_size, timeout=timeout)
-        _rendezvous_store = next(iter(found))[0]
+        _rendezvous_store = found.result()
     except dist.DistError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise RankwiseError(
-            f"rank {identity.rank} of {identity.world_size} did not find the others at {where} within "
-            f"{timeout.total_seconds():g} s: {str(error).splitlines()[0]}"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise RankwiseError(f"{told} within {timeout.total_seconds():g} s: {reason}") from error
     return _rendezvous_store

@@ -6,57 +6,81 @@ is that of the ranks.
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import sys
+import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from rankwise.parent import LAUNCHER_PID
+import psutil
+
+from rankwise.parent import LAUNCHER, launcher_token
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOPPED = 128 + signal.SIGTERM
+"""Exit status of a job that a stop signal ended before its ranks could answer it."""
+
+_DELIVERY_SECONDS = 0.1
 
 
-def launch(torchrun_arguments: Sequence[str]) -> int:
+def launch(torchrun_arguments: Sequence[str], *, stopped_status: int = STOPPED) -> int:
     """Run one command on several processes; the arguments are torchrun's, the script or `-m module` last.
 
-    The first SIGTERM, SIGINT or SIGHUP is passed on to every rank of this node as SIGTERM, and the ranks are waited
-    for; a second one kills them.
+    The first SIGTERM, SIGINT or SIGHUP is passed on to every rank of this node as SIGTERM, also to those that are only
+    being started, and the ranks are waited for; a second one kills them.
 
+    Args:
+        stopped_status: what to return when a stop signal ended ranks that did not answer it, since they had not started
+            or have no handler.
     Returns:
-        0 when every rank ended with 0; 2 when a rank ended with 2 (it has said why); 128 + signal number when a rank
-        was killed; otherwise the status of the first rank that failed.
+        0 when every rank ended with 0; 2 when a rank refused its input with 2 (it has said why) or the arguments cannot
+        be used; 128 + signal number when a rank was killed; otherwise the status of the rank that failed first.
+    Ranks: local, in the launcher and not in a rank; from the main thread.
     """
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import elastic_launch
-    from torch.distributed.run import config_from_args, get_args_parser
-
-    parser = get_args_parser()
-    parser.allow_abbrev = False  # or an option of the script, `--nproc` say, is refused as a short form of several
-    args = parser.parse_args(list(torchrun_arguments))
-    if args.standalone or _names_no_rendezvous(args):
-        # A free port of this host: torchrun's fixed default port clashes between two jobs on one machine.
-        args.rdzv_backend, args.rdzv_endpoint, args.rdzv_id = "c10d", "localhost:0", str(uuid.uuid4())
-        args.local_addr = args.local_addr or "127.0.0.1"
-    # The elastic log repeats a failure in a table of twenty lines; the ranks and the line below say it once.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
-    os.environ.setdefault("OMP_NUM_THREADS", str(_threads_per_process(args.nproc_per_node)))
-    os.environ[LAUNCHER_PID] = str(os.getpid())
-    config, entrypoint, command = config_from_args(args)
-    config.signals_to_handle = "SIGQUIT"
-
     with _StopSignals() as stop:
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.elastic.rendezvous import RendezvousError
+        from torch.distributed.launcher.api import elastic_launch
+        from torch.distributed.run import config_from_args, get_args_parser
+
+        parser = get_args_parser()
+        parser.prog = "rankwise run"
+        parser.allow_abbrev = False  # or an option of the script, `--nproc` say, is refused as a short form of several
+        args = parser.parse_args(list(torchrun_arguments))
+        if args.standalone or _names_no_rendezvous(args):
+            # A free port of this host: torchrun's fixed default port clashes between two jobs on one machine.
+            args.rdzv_backend, args.rdzv_endpoint, args.rdzv_id = "c10d", "localhost:0", str(uuid.uuid4())
+            args.local_addr = args.local_addr or "127.0.0.1"
+        # The elastic log repeats a failure in a table of twenty lines; the ranks and the line below say it once.
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+        logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
         try:
-            elastic_launch(config, entrypoint)(*command)
-        except ChildFailedError as error:
-            return _report(error, stop)
+            config, entrypoint, command = config_from_args(args)
+            if config.nproc_per_node < 1:
+                raise ValueError(f"--nproc-per-node is {args.nproc_per_node}; give 1 or more")
+        except (ValueError, AssertionError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        config.signals_to_handle = "SIGQUIT"
+        threads = str(_threads_per_process(config.nproc_per_node))
+        with _environment(
+            **{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), LAUNCHER: launcher_token()}
+        ):
+            try:
+                elastic_launch(config, entrypoint)(*command)
+            except ChildFailedError as error:
+                return stopped_status if _is_stopped(error, stop) else _report(error)
+            except (RendezvousError, OSError) as error:
+                print(f"error: the processes of the job did not find each other: {error}", file=sys.stderr)
+                return 1
     return 0
 
 
@@ -65,24 +89,50 @@ class _StopSignals:
 
     def __init__(self) -> None:
         self.num_received = 0
+        self._told: set[int] = set()
+        self._closed = threading.Event()
+        self._messenger = threading.Thread(target=self._deliver, name="rankwise-stop", daemon=True)
 
     def __enter__(self) -> "_StopSignals":
-        self._previous = {number: signal.signal(number, self._forward) for number in STOP_SIGNALS}
+        self._previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._closed.set()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _forward(self, number: int, frame: FrameType | None) -> None:
-        import psutil
-
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         self.num_received += 1
-        for child in psutil.Process().children():
-            if self.num_received == 1:
-                child.terminate()
+        if self.num_received == 1:
+            self._messenger.start()
+
+    def _deliver(self) -> None:
+        """Tell every child once, whenever it starts; kill those that were told when another signal comes."""
+        while not self._closed.is_set():
+            for child in psutil.Process().children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if child.pid not in self._told:
+                        self._told.add(child.pid)
+                        child.terminate()
+                    elif self.num_received > 1:
+                        child.kill()
+            self._closed.wait(_DELIVERY_SECONDS)
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """The environment that the children inherit, and no other process after them."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
             else:
-                child.kill()
+                os.environ[name] = value
 
 
 def _names_no_rendezvous(args: argparse.Namespace) -> bool:
@@ -90,21 +140,33 @@ def _names_no_rendezvous(args: argparse.Namespace) -> bool:
     return one_node and args.rdzv_backend == "static" and not args.rdzv_endpoint and args.master_port is None
 
 
-def _threads_per_process(nproc_per_node: str) -> int:
+def _threads_per_process(num_processes: int) -> int:
     """This node's cores divided by its processes; torchrun's fixed 1 leaves most cores idle."""
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, num_cores // int(nproc_per_node)) if nproc_per_node.isdigit() else 1
+    return max(1, num_cores // num_processes)
 
 
-def _report(error: "ChildFailedError", stop: _StopSignals) -> int:
-    statuses = {failure.exitcode for failure in error.failures.values()}
-    if 2 in statuses:
+def _is_stopped(error: "ChildFailedError", stop: _StopSignals) -> bool:
+    return stop.num_received == 1 and all(rank.exitcode == -signal.SIGTERM for rank in error.failures.values())
+
+
+def _report(error: "ChildFailedError") -> int:
+    # Once a rank has failed, the agent sends SIGTERM to the others: their statuses are consequences. One that refuses
+    # its input has said why; one that broke is the news.
+    rank, first = min(
+        error.failures.items(),
+        key=lambda item: (
+            item[1].exitcode == -signal.SIGTERM,
+            item[1].exitcode == 2,
+            not os.path.exists(item[1].error_file),  # a session leaves one where the failure is this rank's own
+            item[1].timestamp,
+        ),
+    )
+    if first.exitcode == 2:
         return 2
-    rank, first = error.get_first_failure()
     if first.exitcode < 0:
         name = signal.Signals(-first.exitcode).name
-        if not stop.num_received:
-            print(f"error: rank {rank} (pid {first.pid}) was killed by {name}", file=sys.stderr)
+        print(f"error: rank {rank} (pid {first.pid}) was killed by {name}", file=sys.stderr)
         return 128 - first.exitcode
     print(f"error: rank {rank} (pid {first.pid}) ended with exit status {first.exitcode}", file=sys.stderr)
     return int(first.exitcode)

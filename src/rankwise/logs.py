@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import MutableMapping, Sequence
@@ -82,7 +81,10 @@ class RankLogger(logging.LoggerAdapter[logging.Logger]):
 
 
 def get_logger(name: str) -> RankLogger:
-    """A logger that knows ranks; use it as any stdlib logger, before, during and after a session."""
+    """A logger that knows ranks; use it as any stdlib logger, before, during and after a session.
+
+    Ranks: local.
+    """
     return RankLogger(logging.getLogger(name))
 
 
@@ -102,7 +104,10 @@ class LogHandle:
         self._captures_warnings = warnings.showwarning is not self._previous_show
 
     def close(self) -> None:
-        """Restore what was there before; a second call does nothing."""
+        """Restore what was there before; a second call does nothing.
+
+        Ranks: local.
+        """
         global _identity
         root = logging.getLogger()
         if not self._handlers:
@@ -118,7 +123,7 @@ class LogHandle:
         _identity = None
 
 
-def configure(identity: Identity, run_dir: Path | None, level: int | str = "INFO") -> LogHandle:
+def configure(identity: Identity, run_dir: str | os.PathLike[str] | None, level: int | str = "INFO") -> LogHandle:
     """Send every log record to the console and, given a run directory, to this rank's file there.
 
     Raises:
@@ -127,7 +132,7 @@ def configure(identity: Identity, run_dir: Path | None, level: int | str = "INFO
     """
     global _identity
     handlers: list[logging.Handler] = []
-    path = run_dir / "logs" / f"rank-{identity.rank:05d}.jsonl" if run_dir is not None else None
+    path = Path(run_dir, "logs", f"rank-{identity.rank:05d}.jsonl") if run_dir is not None else None
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(JsonLinesHandler(path, identity))
@@ -152,7 +157,6 @@ class JsonLinesHandler(logging.Handler):
             "local_rank": identity.local_rank,
             "node_rank": identity.node_rank,
             "host": identity.hostname,
-            "pid": os.getpid(),
         }
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
@@ -186,6 +190,7 @@ class JsonLinesHandler(logging.Handler):
             "logger": record.name,
             "message": _render(record.msg, record.args),
             **self._place,
+            "pid": record.process,
         }
         if record.exc_info and record.exc_info[0] is not None:
             fields["exception"] = {
@@ -286,10 +291,7 @@ def _render(message: object, arguments: Any) -> str:
         return f"{message!r} with {arguments!r} ({type(error).__name__}: {error})"
 
 
-_stderr_lock = threading.Lock()
-
-
 def _say_on_stderr(line: str) -> None:
-    with contextlib.suppress(Exception), _stderr_lock:
+    with contextlib.suppress(Exception):
         sys.stderr.write(line + "\n")
         sys.stderr.flush()

@@ -6,15 +6,17 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from rankwise.errors import LaunchError
 
-LAUNCHER_PID = "RANKWISE_LAUNCHER_PID"
-"""The variable by which a launcher gives its process id to the ranks."""
+LAUNCHER = "RANKWISE_LAUNCHER"
+"""The variable by which a launcher makes itself known to the ranks: its `launcher_token`."""
 
 POLL_SECONDS = 0.5
 _PR_SET_PDEATHSIG = 1
@@ -24,29 +26,46 @@ _following = threading.Lock()
 def end_with_parent(environ: Mapping[str, str] = os.environ) -> bool:
     """From now on this process ends within a second of its launcher's death, even by SIGKILL.
 
-    It follows its parent under torchrun, and the process named by RANKWISE_LAUNCHER_PID where that is set.
-    The kernel sends the signal on Linux; a thread looks too, which covers launchers further up and other systems.
+    It follows its parent under torchrun, and the process named by RANKWISE_LAUNCHER where that is set and names
+    one of this host. The kernel sends a signal on Linux; a thread looks too, which covers launchers further up and
+    other systems.
+
+    What it does not do: the kernel follows the thread that created this process, so a launcher whose creating
+    thread ends takes the rank along though it lives on. And a process that the kernel kills cannot kill its own
+    children: those of a rank (data loaders, decoders) outlive it unless they watch their parent, as torch's data
+    loader workers do.
 
     Returns:
         False where no launcher is at work, as under `nohup python train.py`: then nothing is done.
     Raises:
-        LaunchError: RANKWISE_LAUNCHER_PID is no process id.
+        LaunchError: RANKWISE_LAUNCHER is no `launcher_token`.
     Ranks: local.
     """
-    launcher_pid = _launcher_pid(environ)
-    if launcher_pid is None and "TORCHELASTIC_RUN_ID" not in environ:
+    launcher = _find_launcher(environ)
+    if launcher is None and "TORCHELASTIC_RUN_ID" not in environ:
         return False
-    if launcher_pid is not None and not is_running(launcher_pid):
-        _end(f"the launcher (pid {launcher_pid}) is gone")
-    follow_parent(launcher_pid)
+    follow_parent(launcher)
     return True
 
 
-def follow_parent(launcher_pid: int | None = None) -> None:
-    """End this process with its parent, and with `launcher_pid` where given.
+def launcher_token() -> str:
+    """What a launcher puts into RANKWISE_LAUNCHER: HOST:BOOT_ID:PID_NAMESPACE:PID:START_TIME of this process.
+
+    A process id alone would name somebody else on another host, in another container or after a reboot.
+
+    Ranks: local; by the launcher.
+    """
+    pid = os.getpid()
+    return f"{_place()}:{pid}:{start_time(pid)}"
+
+
+def follow_parent(launcher: tuple[int, int] | None = None) -> None:
+    """End this process with its parent, and with the `launcher` (process id and start time) where given.
 
     Ranks: local.
     """
+    if launcher is not None and start_time(launcher[0]) != launcher[1]:
+        _end(f"the launcher (pid {launcher[0]}) is gone")
     parent = os.getppid()
     _ask_kernel_for_death_signal()
     # The parent may have died before the kernel was asked; then no signal comes, and somebody adopted us.
@@ -54,12 +73,11 @@ def follow_parent(launcher_pid: int | None = None) -> None:
         _end(f"the launcher is gone (parent is now pid {os.getppid()})")
     if not _following.acquire(blocking=False):
         return
-    launcher_start = start_time(launcher_pid) if launcher_pid is not None else None
 
     def is_alone() -> bool:
         if os.getppid() != parent:
             return True
-        return launcher_pid is not None and start_time(launcher_pid) != launcher_start
+        return launcher is not None and start_time(launcher[0]) != launcher[1]
 
     threading.Thread(target=_watch, args=(is_alone,), name="rankwise-parent", daemon=True).start()
 
@@ -87,21 +105,26 @@ def start_time(pid: int) -> int | None:
     return None if state in "ZX" else int(fields[18])
 
 
-def is_running(pid: int) -> bool:
-    """Whether a process of this id runs (a zombie does not).
-
-    Ranks: local.
-    """
-    return start_time(pid) is not None
-
-
-def _launcher_pid(environ: Mapping[str, str]) -> int | None:
-    value = environ.get(LAUNCHER_PID)
+def _find_launcher(environ: Mapping[str, str]) -> tuple[int, int] | None:
+    """Process id and start time of the launcher; None where there is none, or none that can be seen from here."""
+    value = environ.get(LAUNCHER)
     if value is None:
         return None
-    if not (value.isascii() and value.isdigit() and 0 < len(value) <= 9):
-        raise LaunchError(f"{LAUNCHER_PID}={value[:40]!r} is no process id. Unset it.")
-    return int(value)
+    place, *numbers = value.rsplit(":", 2)
+    if len(numbers) != 2 or not all(number.isascii() and number.isdigit() for number in numbers):
+        raise LaunchError(
+            f"{LAUNCHER}={value[:40]!r} names no launcher (HOST:BOOT_ID:PID_NAMESPACE:PID:START_TIME). Unset it."
+        )
+    return (int(numbers[0]), int(numbers[1])) if place == _place() else None
+
+
+def _place() -> str:
+    """Where process ids mean what they mean here: this host, since it started, in this namespace."""
+    boot_id, namespace = "", ""
+    with contextlib.suppress(OSError):
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/pid").strip("pid:[]")
+    return f"{socket.gethostname()}:{boot_id}:{namespace}"
 
 
 def _ask_kernel_for_death_signal() -> None:
@@ -129,7 +152,7 @@ def _watch(is_alone: Callable[[], bool]) -> None:
             _end("the launcher is gone")
 
 
-def _end(reason: str) -> None:
+def _end(reason: str) -> NoReturn:
     """End at once: no handler of the training script may keep an orphan alive."""
     with contextlib.suppress(OSError):
         os.write(2, f"rankwise: {reason}; this rank (pid {os.getpid()}) ends\n".encode())

@@ -31,17 +31,20 @@ def seed_all(seed: int, identity: Identity) -> None:
 def same_on_every_rank(seed: int) -> Iterator[None]:
     """Random numbers inside are the same on every rank; afterwards each rank goes on where it was.
 
-    For what ranks must agree on without talking, such as fresh weights.
+    For what ranks must agree on without talking, such as fresh weights. An accelerator that this process has not
+    used so far is not started by it.
 
     Ranks: local; it holds across ranks that use the same seed.
     """
-    device = torch.accelerator.current_accelerator(check_available=True)
-    before = RngState(device or torch.device("cpu")).state_dict()
+    generators = RngState(_device_in_use())
+    before, initial_seed = generators.state_dict(), torch.initial_seed()
     _seed_generators(np.random.SeedSequence(seed))
     try:
         yield
     finally:
-        RngState(device or torch.device("cpu")).load_state_dict(before)
+        # An accelerator not in use yet has no state to restore: it starts, or starts anew, from the seed it had.
+        torch.manual_seed(initial_seed)
+        generators.load_state_dict(before)
 
 
 class RngState:
@@ -103,6 +106,15 @@ class RngState:
         torch.set_rng_state(state["torch"])
         if saved:
             torch.get_device_module(self.device).set_rng_state(saved["state"], *_index_argument(self.device))
+
+
+def _device_in_use() -> torch.device:
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        return torch.device("cpu")
+    # Asking an accelerator for its random state would start it, with all the memory that takes.
+    is_initialized = getattr(torch.get_device_module(found), "is_initialized", lambda: True)
+    return found if is_initialized() else torch.device("cpu")
 
 
 def _seed_generators(sequence: np.random.SeedSequence) -> None:

@@ -50,7 +50,8 @@ class Session:
         self.run_dir = run_dir
         self._stop_requested = False
         self._failed = False
-        self._connection = Connection(identity, device)
+        self._has_logs = False
+        self._connection = Connection(identity, lambda: self._stop_requested)
 
     @property
     def stop_requested(self) -> bool:
@@ -85,20 +86,30 @@ class Session:
         """Tell the others of this rank's error, or learn whose failure caused it."""
         if isinstance(error, SystemExit) and error.code in (0, None):
             return None
-        _logger.error("the session ends with %s", type(error).__name__, exc_info=error, extra=logs.FILE_ONLY)
-        if not is_lost_connection(error):
-            if not (isinstance(error, RankwiseError) and error.on_every_rank):
-                self._connection.note_failure(error)
+        if self._has_logs:
+            _logger.error("the session ends with %s", type(error).__name__, exc_info=error, extra=logs.FILE_ONLY)
+        if isinstance(error, RankwiseError) and error.on_every_rank:
             return None
-        failure = self.first_failure()
-        if failure is None or failure.rank == self.identity.rank:
+        failure = self.first_failure(FIRST_FAILURE_SECONDS) if is_lost_connection(error) else None
+        if failure is None:
+            self._connection.note_failure(error)
+            _tell_launcher(error)
             return None
-        return RankFailedError((failure,), "failed first")
+        return RankFailedError((failure,), "failed first") if failure.rank != self.identity.rank else None
+
+
+def _tell_launcher(error: BaseException) -> None:
+    """Leave word for torchrun that this rank failed by itself; ranks that only lost a connection leave none."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
+
+        with contextlib.suppress(OSError):
+            ErrorHandler().record_exception(error)
 
 
 @contextlib.contextmanager
 def init(
-    run_dir: Path | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
     *,
     device_type: str | None = None,
     timeout_seconds: float = 600.0,
@@ -107,18 +118,23 @@ def init(
 ) -> Iterator[Session]:
     """Set this process up for a run on all its ranks, and clean up at the end whatever happens.
 
-    In this order: identity, device, logs, process group, run.json, stop signals. World size 1 needs no
+    In this order: identity, stop signals, logs, device, process group, run.json. World size 1 needs no
     environment and makes no process group. A process group that exists already is used and left alone.
+
+    SIGTERM or Ctrl-C while a rank starts is kept for the first `agree_to_stop`; if the others do not come within
+    seconds of it, the start ends with an error. A second Ctrl-C is a KeyboardInterrupt at once.
 
     Args:
         run_dir: gets run.json and a log file per rank; nothing is written without it.
         device_type: as `select_device`.
         timeout_seconds: how long a rank waits for the others, at the start and in every collective.
-        backend: of the process group; by default gloo on CPU, and gloo and NCCL on CUDA.
+        backend: of the process group; by default gloo on CPU, joined by NCCL on CUDA (torch's choice on others).
+            One without gloo on the CPU gets a second group for messages.
         log_level: records below it go nowhere.
     Raises:
         LaunchError: the environment contradicts itself.
         DeviceError: there is no device (at world size 1; otherwise RankFailedError on every rank).
+        RankwiseError: the ranks did not all start in time, or before this one was asked to stop.
         RankFailedError: another rank could not start, or failed first and broke this rank's connection.
     Ranks: every rank must enter.
     """
@@ -126,26 +142,29 @@ def init(
         raise RankwiseError("a session is open already in this process. Close it before the next `init`.")
     identity = Identity.resolve(os.environ, hostname=socket.gethostname())
     end_with_parent()
+    session = Session(identity, torch.device("cpu"), Path(run_dir) if run_dir is not None else None)
     with contextlib.ExitStack() as stack:
-        device, setup_error = torch.device("cpu"), None
+        # First, so that a stop does not kill a rank that others may wait for, nor one that leaves in good order.
+        stack.enter_context(_stop_signals(session))
+        setup_error = None
         try:
-            device = select_device(identity, device_type)
-            stack.callback(logs.configure(identity, run_dir, log_level).close)
+            stack.callback(logs.configure(identity, session.run_dir, log_level).close)
+            session._has_logs = True
+            session.device = select_device(identity, device_type)
         except RankwiseError as error:
             setup_error = error
         except OSError as error:
             setup_error = _cannot_write(error)
-        session = Session(identity, device, run_dir)
-        session._connection.open(setup_error, backend, timedelta(seconds=timeout_seconds))
-        # Restored last: a second SIGTERM must not kill a rank that is just leaving in good order.
-        stack.enter_context(_stop_signals(session))
+        except Exception as error:
+            setup_error = _cannot_start(identity, error)
         stack.callback(lambda: session._connection.close(failed=session._failed))
         stack.callback(_set_open_session, None)
         _set_open_session(session)
-        if run_dir is not None:
-            _write_run_file(session, run_dir)
-        _logger.info("%s", _start_line(session))
         try:
+            session._connection.open(session.device, setup_error, backend, timedelta(seconds=timeout_seconds))
+            if session.run_dir is not None:
+                _write_run_file(session, session.run_dir)
+            _logger.info("%s", _start_line(session))
             yield session
         except BaseException as error:
             session._failed = True
@@ -165,6 +184,12 @@ def _cannot_write(error: OSError) -> RankwiseError:
         f"cannot write {error.filename or 'the run directory'}: {error.strerror or error}. "
         "Choose a run directory that this process can write, on a disk with room."
     )
+
+
+def _cannot_start(identity: Identity, error: Exception) -> RankwiseError:
+    told = RankwiseError(f"rank {identity.rank} cannot set up on {identity.hostname}: {type(error).__name__}: {error}")
+    told.__cause__ = error
+    return told
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -51,7 +52,7 @@ def on_ranks(num_ranks: int, timeout_seconds: float = 60.0) -> Callable[[F], F]:
     The function must stand at the top level of its module; pytest fixtures and parameters are passed through and
     must pickle. In the body the launcher's variables are set, and `rankwise.init()` uses the group that is there.
     The test fails if any rank raises, ends early, or does not end in time; the message holds every rank's traceback,
-    or the stack on which it waits.
+    or the stack on which it waits. `pytest.skip` in the body skips the test.
 
     Ranks: the body runs on every one of them.
     """
@@ -79,6 +80,7 @@ def run_on_ranks(
 
     Raises:
         AssertionError: a rank failed; with what every rank said.
+    Ranks: called by the one process that starts them; it is none of them.
     """
     __tracebackhide__ = True
     with RankProcesses(body, num_ranks, args, kwargs) as ranks:
@@ -86,10 +88,17 @@ def run_on_ranks(
         if failed:
             raise AssertionError(ranks.describe(failed))
         sys.stdout.write(ranks.output())
+        if (reason := ranks.skip_reason()) is not None:
+            pytest.skip(reason)
 
 
 class RankProcesses:
-    """Processes that run one function as the ranks of a job; on leaving the block all of them have ended."""
+    """Processes that run one function as the ranks of a job; on leaving the block all of them have ended.
+
+    Processes that `body` starts are its own to end.
+
+    Ranks: used by the one process that starts them; it is none of them.
+    """
 
     def __init__(
         self, body: Body, num_ranks: int, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -104,7 +113,7 @@ class RankProcesses:
         context.set_forkserver_preload(["rankwise.testing", "rankwise.session", "numpy", "pytest"])
         try:
             for rank in range(self._job.num_ranks):
-                process = context.Process(target=_run_rank, args=(self._job, rank), daemon=True)
+                process = context.Process(target=_run_rank, args=(self._job, rank))
                 self.processes.append(process)
                 process.start()
         except BaseException:
@@ -119,7 +128,10 @@ class RankProcesses:
         shutil.rmtree(self._job.folder, ignore_errors=True)
 
     def kill(self) -> None:
-        """SIGKILL whatever still runs, and wait until it is gone."""
+        """SIGKILL whatever still runs, and wait until it is gone.
+
+        Ranks: by the process that started them.
+        """
         for process in self.processes:
             if process.pid is not None and process.is_alive():
                 process.kill()
@@ -132,6 +144,7 @@ class RankProcesses:
 
         Returns:
             What went wrong, by rank; empty when all is well.
+        Ranks: by the process that started them.
         """
         deadline = time.monotonic() + timeout_seconds
         failing = False
@@ -155,7 +168,10 @@ class RankProcesses:
         }
 
     def describe(self, failed: Mapping[int, str]) -> str:
-        """Failures and output as one text for people."""
+        """Failures and output as one text for people.
+
+        Ranks: by the process that started them.
+        """
         parts = [f"{self._name}: {len(failed)} of {self._job.num_ranks} ranks failed"]
         parts += [f"---- rank {rank}: {reason.rstrip()}" for rank, reason in failed.items()]
         if output := self.output():
@@ -163,9 +179,22 @@ class RankProcesses:
         return "\n".join(parts)
 
     def output(self) -> str:
-        """What the ranks have printed so far, rank by rank."""
-        paths = [self._job.file(rank, "output") for rank in range(self._job.num_ranks)]
-        return "".join(path.read_text(errors="replace") for path in paths if path.exists())
+        """What the ranks have printed so far, rank by rank.
+
+        Ranks: by the process that started them.
+        """
+        return "".join(self._told("output"))
+
+    def skip_reason(self) -> str | None:
+        """Why the first rank that skipped the test did so; None if none has.
+
+        Ranks: by the process that started them.
+        """
+        return next(iter(self._told("skipped")), None)
+
+    def _told(self, what: str) -> list[str]:
+        paths = [self._job.file(rank, what) for rank in range(self._job.num_ranks)]
+        return [path.read_text(errors="replace") for path in paths if path.exists()]
 
     def _reason(self, rank: int, exitcode: int | None) -> str:
         told = self._job.file(rank, "traceback")
@@ -264,7 +293,10 @@ def _run_rank(job: _Job, rank: int) -> None:
             with warnings.catch_warnings():
                 _set_warning_filters(job.warning_filters)
                 body(*args, **kwargs)
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        except pytest.skip.Exception as skipped:
+            job.file(rank, "skipped").write_text(str(skipped))
         except BaseException:
             job.file(rank, "traceback").write_text(traceback.format_exc())
             status = 1

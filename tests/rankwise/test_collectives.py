@@ -4,6 +4,7 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,17 +100,26 @@ def test_foreign_error_on_the_main_process_reaches_every_rank_with_its_traceback
 
 
 @on_ranks(2)
-def test_main_process_goes_first() -> None:
-    path = "made-first"
-    os.chdir(os.environ.get("TMPDIR", "/tmp"))
-    path = f"{path}-{rankwise.broadcast_object(os.getpid())}"
+def test_main_process_goes_first(tmp_path: Path) -> None:
     with rankwise.main_process_first():
-        there_before = os.path.exists(path)
+        there_before = (tmp_path / "made-first").exists()
         if dist.get_rank() == 0:
-            with open(path, "w"):
-                pass
+            (tmp_path / "made-first").touch()
     assert rankwise.gather_objects(there_before) == [False, True]
-    rankwise.on_main_process(os.remove, path)
+
+
+@pytest.mark.parametrize("error_type", [SystemExit, KeyboardInterrupt])
+@on_ranks(2, timeout_seconds=20)
+def test_exit_of_the_main_process_reaches_those_who_wait_for_it(error_type: type[BaseException]) -> None:
+    def leave() -> None:
+        raise error_type("enough")
+
+    expected = error_type if dist.get_rank() == 0 else RankFailedError
+    with pytest.raises(expected, match="enough"):
+        rankwise.on_main_process(leave)
+    with pytest.raises(expected, match="enough"), rankwise.main_process_first():
+        leave()
+    assert rankwise.agree(True)
 
 
 @on_ranks(2, timeout_seconds=20)

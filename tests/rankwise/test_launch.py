@@ -1,7 +1,9 @@
 """`rankwise run`, as people start it: real processes, real signals."""
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -73,6 +75,42 @@ def test_a_failing_rank_is_named_in_one_line(script: Callable[[str], str]) -> No
     assert result.stderr.endswith("ended with exit status 7\n")
 
 
+def test_the_rank_that_broke_is_named_and_not_the_one_that_lost_it(script: Callable[[str], str]) -> None:
+    body = """
+import rankwise
+with rankwise.init(timeout_seconds=60):
+    if rank == 1:
+        raise ValueError("boom")
+    rankwise.barrier()
+"""
+    result = run(script(body))
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: rank 1 (pid ")
+    assert "ValueError: boom" in result.stderr
+
+
+@pytest.mark.parametrize("wrong", [["--nproc-per-node", "0"], ["--nproc-per-node", "many"], ["--nnodes", "a"]])
+def test_arguments_that_cannot_be_used_are_one_line(wrong: list[str], script: Callable[[str], str]) -> None:
+    command = [sys.executable, "-m", "rankwise", "run", *wrong, script("")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("seconds", [0.5, 2.0, 2.5])
+def test_a_stop_signal_while_ranks_are_being_started_ends_the_job(
+    seconds: float, script: Callable[[str], str], tmp_path: Path
+) -> None:
+    body = f"(pathlib.Path({str(tmp_path)!r}) / 'ran').touch()\ntime.sleep(60)"
+    job = subprocess.Popen([*RUN, "--max-restarts", "1", script(body)], stderr=subprocess.PIPE)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        job.wait(seconds)
+    job.terminate()
+    job.communicate(timeout=20)
+    assert job.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)
+
+
 def test_a_killed_rank_is_named(script: Callable[[str], str]) -> None:
     result = run(script("os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(30)"))
     assert result.returncode == 128 + signal.SIGKILL
@@ -135,6 +173,8 @@ with rankwise.init():
 
 def test_torchrun_options_are_understood(script: Callable[[str], str]) -> None:
     path = script("print('node', os.environ['GROUP_RANK'], 'port', os.environ['MASTER_PORT'])")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
     command = [
         sys.executable,
         "-m",
@@ -142,8 +182,8 @@ def test_torchrun_options_are_understood(script: Callable[[str], str]) -> None:
         "run",
         "--nnodes=1",
         "--nproc-per-node=1",
-        "--master-port=29871",
+        f"--master-port={port}",
         path,
     ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert result.stdout == "node 0 port 29871\n"
+    assert result.stdout == f"node 0 port {port}\n"

@@ -70,6 +70,14 @@ def test_file_has_every_field(tmp_path: Path, start: Start) -> None:
     assert "test_file_has_every_field" in error["traceback"]
 
 
+def test_run_directory_may_be_a_string_and_the_process_is_that_of_the_record(tmp_path: Path) -> None:
+    handle = logs.configure(identity(0), str(tmp_path))
+    record = logging.makeLogRecord({"msg": "from a fork", "levelno": logging.INFO, "process": 4321})
+    logging.getLogger().handle(record)
+    handle.close()
+    assert read(tmp_path, 0)[0]["pid"] == 4321
+
+
 def test_file_is_appended_to_by_the_next_session(tmp_path: Path, start: Start) -> None:
     for message in ("first", "second"):
         handle = start(0)

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from rankwise.errors import LaunchError
-from rankwise.parent import LAUNCHER_PID, end_with_parent, is_running, start_time
+from rankwise.parent import LAUNCHER, POLL_SECONDS, end_with_parent, launcher_token, start_time
 
 RANK_PROGRAM = """
 import os, pathlib, sys, time
@@ -33,6 +33,16 @@ def wait_for(condition: Callable[[], object], seconds: float, what: str) -> floa
         assert time.monotonic() - start < seconds, f"waited {seconds} s in vain for {what}"
         time.sleep(0.05)
     return time.monotonic() - start
+
+
+def is_running(pid: int) -> bool:
+    return start_time(pid) is not None
+
+
+def token_of(pid: int) -> str:
+    """What a launcher with this process id would have written."""
+    place = launcher_token().rsplit(":", 2)[0]
+    return f"{place}:{pid}:{start_time(pid)}"
 
 
 def announced(folder: Path) -> dict[int, str]:
@@ -89,7 +99,7 @@ def test_rank_ends_with_the_launcher_named_by_variable_and_takes_its_children_al
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"]) as launcher,
         subprocess.Popen(
             [sys.executable, str(write_program(tmp_path, after=helper)), str(tmp_path)],
-            env=os.environ | {LAUNCHER_PID: str(launcher.pid)},
+            env=os.environ | {LAUNCHER: token_of(launcher.pid)},
             stderr=subprocess.PIPE,
             text=True,
         ) as rank,
@@ -106,11 +116,12 @@ def test_rank_ends_with_the_launcher_named_by_variable_and_takes_its_children_al
 
 
 def test_rank_that_starts_after_its_launcher_died_ends_at_once(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", ""]) as launcher:
-        launcher.wait()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as launcher:
+        token = token_of(launcher.pid)
+        launcher.kill()
     done = subprocess.run(
         [sys.executable, str(write_program(tmp_path)), str(tmp_path)],
-        env=os.environ | {LAUNCHER_PID: str(launcher.pid)},
+        env=os.environ | {LAUNCHER: token},
         capture_output=True,
         text=True,
         timeout=30,
@@ -151,15 +162,37 @@ def test_process_without_launcher_lives_on(tmp_path: Path) -> None:
     ((pid, following),) = announced(tmp_path).items()
     try:
         assert following == "False"
-        assert is_running(pid)
+        with pytest.raises(AssertionError, match="in vain"):
+            wait_for(lambda: not is_running(pid), 3 * POLL_SECONDS, "an end that must not come")
     finally:
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("value", ["", "x", "-1", "1" * 20])
-def test_launcher_that_is_no_process_id_is_an_error(value: str) -> None:
-    with pytest.raises(LaunchError, match=f"{LAUNCHER_PID}='{value}"):
-        end_with_parent({LAUNCHER_PID: value})
+@pytest.mark.parametrize("value", ["", "x", "1234", "host:boot:namespace:-1:5", "host:boot:namespace:12:"])
+def test_launcher_that_is_no_token_is_an_error(value: str) -> None:
+    with pytest.raises(LaunchError, match=f"{LAUNCHER}='{value}' names no launcher"):
+        end_with_parent({LAUNCHER: value})
+
+
+@pytest.mark.parametrize("field", [0, 1, 2], ids=["host", "boot", "pid namespace"])
+def test_launcher_of_another_host_boot_or_namespace_is_none_of_ours(field: int) -> None:
+    fields = launcher_token().split(":")
+    fields[field] += "0"
+    fields[3] = "999999999"  # it would be gone if it were one of this host
+    assert end_with_parent({LAUNCHER: ":".join(fields)}) is False
+
+
+def test_process_that_took_over_the_launcher_s_id_is_not_the_launcher(tmp_path: Path) -> None:
+    place = token_of(os.getpid()).rsplit(":", 1)[0]
+    done = subprocess.run(
+        [sys.executable, str(write_program(tmp_path)), str(tmp_path)],
+        env=os.environ | {LAUNCHER: f"{place}:7"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 1
+    assert f"the launcher (pid {os.getpid()}) is gone" in done.stderr
 
 
 def test_start_time_names_a_process_and_ends_with_it() -> None:

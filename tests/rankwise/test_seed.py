@@ -66,6 +66,22 @@ def test_block_is_the_same_on_every_rank_and_leaves_no_trace() -> None:
         assert draw() != inside[0]
 
 
+def test_block_does_not_start_an_accelerator_and_leaves_it_the_seed_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA keeps the last seed it was given until it starts."""
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    seed_all(0, identity(1))
+    expected = draw()
+    seed_all(0, identity(1))
+    with same_on_every_rank(5):
+        draw()
+    assert draw() == expected
+    rank_seed, _, block_seed, last_seed = seeds
+    assert last_seed == rank_seed != block_seed
+
+
 def test_block_that_raises_restores_too() -> None:
     seed_all(0, identity(0))
     expected = draw()

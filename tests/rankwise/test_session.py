@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 import rankwise
 from rankwise import collectives
-from rankwise.errors import LaunchError, RankFailedError, RankwiseError
-from rankwise.group import is_lost_connection
+from rankwise import session as session_module
+from rankwise.errors import RankFailedError, RankwiseError
 from rankwise.testing import on_ranks
 
 
@@ -78,24 +78,6 @@ def test_run_directory_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> 
         rankwise.init(tmp_path / "file", device_type="cpu").__enter__()
 
 
-@pytest.mark.parametrize(
-    ("environ", "message"),
-    [
-        ({}, "WORLD_SIZE=2 but MASTER_ADDR and MASTER_PORT not set"),
-        ({"MASTER_ADDR": "localhost", "MASTER_PORT": "http"}, "MASTER_PORT='http' is no port"),
-    ],
-)
-def test_ranks_that_cannot_find_each_other_say_what_to_set(
-    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], message: str
-) -> None:
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", **environ}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(LaunchError, match=message):
-        rankwise.init(device_type="cpu").__enter__()
-
-
 def test_sigterm_and_the_first_interrupt_ask_for_a_stop_and_the_second_interrupts(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -122,25 +104,11 @@ def test_signal_that_is_ignored_stays_ignored() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-@on_ranks(2)
-def test_group_that_is_there_is_used_and_left_alone(tmp_path: Path) -> None:
-    for _ in range(2):
-        with rankwise.init(tmp_path) as session:
-            assert session.identity.rank == dist.get_rank()
-            assert session.device == torch.device("cpu")
-    assert dist.is_initialized()
-    collectives.barrier()
-    run = read_run_file(tmp_path)
-    assert [row["rank"] for row in run["ranks"]] == [0, 1]
-    assert len({row["pid"] for row in run["ranks"]}) == 2
-
-
-@on_ranks(2)
-def test_group_that_contradicts_the_environment_is_refused() -> None:
-    os.environ["RANK"] = str(1 - dist.get_rank())
-    os.environ["LOCAL_RANK"] = os.environ["RANK"]
-    with pytest.raises(LaunchError, match="the process group that is there says rank"), rankwise.init():
-        pass
+def test_run_directory_may_be_a_string(tmp_path: Path) -> None:
+    with rankwise.init(str(tmp_path / "mine"), device_type="cpu") as session:
+        assert session.run_dir == tmp_path / "mine"
+    assert read_run_file(tmp_path / "mine")["world_size"] == 1
+    assert messages(tmp_path / "mine", 0)
 
 
 @on_ranks(3)
@@ -163,6 +131,35 @@ def test_rank_that_cannot_set_up_is_named_on_every_rank(tmp_path: Path) -> None:
     with pytest.raises(RankFailedError, match=r"rank 2 .*cannot write .*file/logs") as raised, rankwise.init(tmp_path):
         pass
     assert raised.value.on_every_rank
+
+
+@on_ranks(2)
+def test_foreign_error_in_the_set_up_of_one_rank_is_named_on_every_rank() -> None:
+    def busy(*arguments: object) -> None:
+        raise RuntimeError("device is busy")
+
+    if os.environ["RANK"] == "1":
+        session_module.select_device = busy
+    with (
+        pytest.raises(RankFailedError, match=r"rank 1 cannot set up on .*: RuntimeError: device is busy"),
+        rankwise.init(),
+    ):
+        pass
+
+
+@on_ranks(2)
+def test_stop_signal_while_a_rank_sets_up_is_kept_for_the_first_agreement() -> None:
+    select_device = session_module.select_device
+
+    def select_and_be_stopped(*arguments: Any) -> torch.device:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return select_device(*arguments)
+
+    if os.environ["RANK"] == "1":
+        session_module.select_device = select_and_be_stopped
+    with rankwise.init() as session:
+        assert session.stop_requested is (session.identity.rank == 1)
+        assert session.agree_to_stop()
 
 
 @on_ranks(3)
@@ -196,15 +193,14 @@ def test_lost_connection_is_blamed_on_the_rank_that_failed_first() -> None:
     assert "by peer" not in told
 
 
-def test_error_in_a_chain_is_known_as_a_lost_connection() -> None:
-    lost = RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer")
-    assert is_lost_connection(lost)
-    assert is_lost_connection(dist.DistNetworkError("reset"))
-    wrapped = KeyError("x")
-    wrapped.__cause__ = lost
-    assert is_lost_connection(wrapped)
-    assert not is_lost_connection(RuntimeError("shape mismatch"))
-    assert not is_lost_connection(ValueError("Connection closed by peer"))
+@on_ranks(2)
+def test_rank_that_lost_its_connection_to_nobody_s_fault_is_the_first_failure() -> None:
+    session_module.FIRST_FAILURE_SECONDS = 0.1
+    expected = dist.DistNetworkError if os.environ["RANK"] == "0" else RankFailedError
+    with pytest.raises(expected, match="reset by peer"), rankwise.init() as session:  # noqa: PT012
+        if session.identity.rank == 1:
+            assert session.first_failure(20) is not None
+        raise dist.DistNetworkError("Connection reset by peer")
 
 
 # Below: real torchrun. One program with several acts, because starting torch twice costs seconds.

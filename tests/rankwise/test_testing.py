@@ -53,6 +53,23 @@ def test_warnings_are_errors_on_the_ranks_too() -> None:
         warnings.warn("a warning", stacklevel=1)
 
 
+def every_rank_skips() -> None:
+    pytest.skip(f"rank {dist.get_rank()} has no such device")
+
+
+def one_rank_skips_and_one_raises() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("rank 1 is wrong")
+    pytest.skip("no such device")
+
+
+def ranks_start_children() -> None:
+    child = multiprocessing.get_context("fork").Process(target=os._exit, args=(7,))
+    child.start()
+    child.join()
+    assert child.exitcode == 7
+
+
 def one_rank_raises() -> None:
     print("rank", dist.get_rank(), "speaks")
     if dist.get_rank() == 1:
@@ -87,6 +104,21 @@ def test_exception_on_one_rank_fails_with_its_traceback_and_output() -> None:
     assert "rank 1 is wrong" in text
     assert "in one_rank_raises" in text
     assert "rank 0 speaks" in text
+
+
+def test_skip_in_the_body_skips_the_test() -> None:
+    with pytest.raises(pytest.skip.Exception, match="rank 0 has no such device"):
+        run_on_ranks(every_rank_skips, 2)
+
+
+def test_failure_of_one_rank_outweighs_the_skip_of_another() -> None:
+    with pytest.raises(AssertionError, match="rank 1 is wrong"):
+        run_on_ranks(one_rank_skips_and_one_raises, 2)
+
+
+def test_ranks_may_start_processes_of_their_own() -> None:
+    run_on_ranks(ranks_start_children, 1)
+    assert multiprocessing.active_children() == []
 
 
 def test_killed_rank_fails_the_test() -> None:
