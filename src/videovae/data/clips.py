@@ -20,8 +20,8 @@ if TYPE_CHECKING:  # loader workers import this file, and start ten times faster
 
 logger = logging.getLogger(__name__)
 
-MAX_TRIES = 16
-"""Videos that are tried for one clip; so many in a row fail only where something else than the videos is wrong."""
+MAX_TRIES = 64
+"""Videos that are tried for one clip; so many drawn at random fail only where nearly all do."""
 
 # The last word of every seed, so that no two kinds of choice share a stream.
 _TRAINING, _HELDOUT = 0, 1
@@ -126,18 +126,16 @@ class ClipDataset:
     def __getitem__(self, key: tuple[int, int]) -> Clip:
         """Clip number `index` of an epoch.
 
-        A video that cannot be decoded is replaced by the next one, and named in the clip's failures.
+        A video that cannot be decoded is replaced by another one, drawn at random, and named in the clip's failures.
 
         Raises:
-            DataError: so many videos failed one after the other that more would not help.
+            DataError: so many videos failed for this clip that more would not help.
         """
         return read_first(self.draw(*key), self.config)
 
     def draw(self, epoch: int, index: int) -> Iterator[ClipSpec]:
         """The clip of (epoch, index), then what replaces it where its video fails."""
-        for attempt in range(min(len(self.videos), MAX_TRIES)):
-            video = self.videos[(index + attempt) % len(self.videos)]
-            rng = generator(self.seed, epoch, index, attempt, _TRAINING)
+        for video, rng in _draw_videos(self.videos, index, (self.seed, epoch, index), _TRAINING):
             start = _draw_start(video, self.config, rng)
             crop_y, crop_x = rng.random(2).tolist() if self.config.random_crop else (0.5, 0.5)
             is_flipped = self.config.random_flip and rng.random() < 0.5
@@ -176,12 +174,9 @@ def heldout_clips(videos: Sequence[VideoEntry], config: ClipsConfig, seed: int =
     """
     clips = []
     for number in range(config.num_heldout_clips if videos else 0):
-        specs = []
-        for attempt in range(min(len(videos), MAX_TRIES)):
-            video = videos[(number + attempt) % len(videos)]
-            rng = generator(seed, number, attempt, _HELDOUT)
-            specs.append(ClipSpec(video, _draw_start(video, config, rng)))
-        clips.append(HeldoutClip(tuple(specs), config))
+        drawn = _draw_videos(videos, number, (seed, number), _HELDOUT)
+        specs = tuple(ClipSpec(video, _draw_start(video, config, rng)) for video, rng in drawn)
+        clips.append(HeldoutClip(specs, config))
     return clips
 
 
@@ -214,12 +209,29 @@ def read_first(specs: Iterator[ClipSpec], config: ClipsConfig) -> Clip:
             pixels = np.ascontiguousarray(pixels[..., ::-1])
         return Clip(pixels, spec, tuple(failures))
     first = "; ".join(f"{name}: {reason}" for name, reason in failures[:3])
-    raise DataError(f"no clip can be read: {len(failures)} videos failed one after the other ({first}).")
+    raise DataError(f"no clip can be read: all of {len(failures)} videos that were tried failed ({first}).")
 
 
 def generator(*words: int) -> np.random.Generator:
     """Random numbers that depend on these words only."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
+
+
+def _draw_videos(
+    videos: Sequence[VideoEntry], first: int, words: tuple[int, ...], kind: int
+) -> Iterator[tuple[VideoEntry, np.random.Generator]]:
+    """Video number `first`, then others drawn at random, none twice; each with the stream of its further choices.
+
+    Names that follow each other often fail together, so the next one would be a bad replacement.
+    """
+    tried: set[int] = set()
+    for attempt in range(min(len(videos), MAX_TRIES)):
+        rng = generator(*words, attempt, kind)
+        number = first % len(videos)
+        while number in tried:
+            number = int(rng.integers(len(videos)))
+        tried.add(number)
+        yield videos[number], rng
 
 
 def _draw_start(video: VideoEntry, config: ClipsConfig, rng: np.random.Generator) -> int:

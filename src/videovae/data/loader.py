@@ -1,7 +1,6 @@
 """This rank's batches: which clips belong to it, in an order that does not depend on who decodes them."""
 
 import hashlib
-import logging
 import os
 import signal
 import subprocess
@@ -21,11 +20,9 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from videovae.data.clips import Clip, ClipDataset, ClipSpec, generator
-from videovae.data.index import check_failures
+from videovae.data.ffmpeg import printable
 from videovae.data.worker import Keys, read_clips
 from videovae.errors import DataError
-
-logger = logging.getLogger(__name__)
 
 _ORDER = 2  # beside the words that clips.py ends its seeds with
 _EXIT_SECONDS = 5.0
@@ -100,7 +97,15 @@ class ClipLoader(Iterator[Batch]):
         self.position = start_position
         """Clips that all ranks together have consumed; workers that decode ahead do not move it."""
         self.failures: dict[str, str] = {}
-        """Reason by name, of each video that this rank could not decode."""
+        """Reason by name, of each video that could not be decoded. They are replaced, however many there are.
+
+        Each rank meets its own; who brings those of all ranks together decides when there are too many.
+        """
+        self.videos_changed = False
+        """Whether the videos are not those of the checkpoint: other clips follow than in a run that was never stopped.
+
+        Set by `load_state_dict`.
+        """
         self._dataset = dataset
         self._order = ClipOrder(len(dataset), dataset.seed)
         self._deal = range(rank, world_size * batch_size, world_size)
@@ -113,7 +118,7 @@ class ClipLoader(Iterator[Batch]):
         """The next batch of this rank.
 
         Raises:
-            DataError: too many videos cannot be decoded, or a worker died.
+            DataError: no video can be decoded, or a worker died.
         """
         clips = self._read()
         if isinstance(clips, DataError):
@@ -121,8 +126,6 @@ class ClipLoader(Iterator[Batch]):
         failures = tuple(dict.fromkeys(failure for clip in clips for failure in clip.failures))
         for name, reason in failures:
             self.failures.setdefault(name, reason)
-        config = self._dataset.config
-        check_failures(list(self.failures.items()), len(self._dataset.videos), config.max_failed_fraction)
         video = torch.from_numpy(np.stack([clip.pixels for clip in clips]))
         self.position += self._global_batch_size
         return Batch(video.pin_memory() if self._pin_memory else video, tuple(clip.spec for clip in clips), failures)
@@ -140,18 +143,16 @@ class ClipLoader(Iterator[Batch]):
             self._pool = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands; equal on every rank."""
-        return {"position": self.position, "videos": self._fingerprint()}
+        """Where the loader stands, equal on every rank, and the failures that this rank knows of."""
+        return {"position": self.position, "videos": self._fingerprint(), "failures": dict(self.failures)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another loader stood, of any number of ranks and workers."""
-        if state["videos"] != self._fingerprint():
-            logger.warning(
-                "the videos are not those of the checkpoint: from here on other clips are drawn than in a run "
-                "that was never stopped"
-            )
         self.close()
+        self.videos_changed = state["videos"] != self._fingerprint()
         self.position = int(state["position"])
+        names = {printable(video.name) for video in self._dataset.videos}
+        self.failures = {name: reason for name, reason in state.get("failures", {}).items() if name in names}
 
     def _read(self) -> list[Clip] | DataError:
         if self._num_workers == 0:

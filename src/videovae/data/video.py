@@ -176,6 +176,26 @@ def iter_frames(
         raise DataError(f"{printable(path)}: no frame can be decoded. Replace or remove the file.")
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse now what `write_video` would refuse after all the work.
+
+    Raises:
+        DataError: an unknown suffix, a folder that does not exist or takes no files, or a folder in the file's place.
+    Ranks: local.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in _WRITE_FORMATS:
+        raise DataError(f"{printable(path)}: cannot write this kind of file. Use {', '.join(_WRITE_FORMATS)}.")
+    if not path.parent.is_dir():
+        raise DataError(
+            f"{printable(path)}: it cannot be written (there is no folder {printable(path.parent)}). "
+            "Make it, or give another place."
+        )
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        reason = "a folder has this name" if path.is_dir() else "its folder takes no files from this user"
+        raise DataError(f"{printable(path)}: it cannot be written ({reason}). Give another place.")
+
+
 def write_video(
     path: str | os.PathLike[str], frames: Iterable[UInt8[np.ndarray, "h w c"]], fps: float | Fraction
 ) -> None:
@@ -186,13 +206,12 @@ def write_video(
     files.
 
     Raises:
-        DataError: nothing to write, frames of different sizes, an unknown suffix, or the disk refuses.
+        DataError: nothing to write, frames of different sizes, what `check_writable` refuses, or the disk refuses.
     Ranks: local; no two ranks may write one path.
     """
+    check_writable(path)
     path = Path(path)
-    container_format = _WRITE_FORMATS.get(path.suffix.lower())
-    if container_format is None:
-        raise DataError(f"{printable(path)}: cannot write this kind of file. Use {', '.join(_WRITE_FORMATS)}.")
+    container_format = _WRITE_FORMATS[path.suffix.lower()]
     if not 0 < fps < math.inf:
         raise DataError(f"{printable(path)}: fps={fps} is no frame rate. Give frames per second above 0.")
     remaining = iter(frames)

@@ -64,3 +64,11 @@ def make_video(tmp_path: Path) -> MakeVideo:
         return encode(tmp_path / name, codec, **settings)  # type: ignore[arg-type]
 
     return make
+
+
+@pytest.fixture
+def data_dir(make_video: MakeVideo, tmp_path: Path) -> Path:
+    """Three videos of 5, 9 and 17 frames, one of them in a subfolder."""
+    for name, num_frames in (("data/b.mp4", 9), ("data/a.mkv", 5), ("data/sub/c d\u00e9.MP4", 17)):
+        make_video(name, num_frames=num_frames)
+    return tmp_path / "data"

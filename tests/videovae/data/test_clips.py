@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from videovae.data.clips import MAX_TRIES, ClipDataset, ClipsConfig, heldout_clips
-from videovae.data.index import VideoEntry, build_index
+from videovae.data.index import VideoEntry
+from videovae.data.index_builder import build_index
 from videovae.data.video import VideoInfo, read_clip
 from videovae.errors import ConfigError, DataError
 
@@ -119,22 +120,49 @@ def test_an_epoch_has_clips_per_video_of_each_video() -> None:
     assert names == {"0.mp4": 4, "1.mp4": 4, "2.mp4": 4}
 
 
-def test_a_video_that_fails_is_replaced_by_the_next_and_named(videos: list[VideoEntry]) -> None:
+def test_a_video_that_fails_is_replaced_and_named(videos: list[VideoEntry]) -> None:
     for video in videos[1:3]:
         video.path.unlink()
-    first, again = (ClipDataset(videos, SMALL, seed=0)[0, 1] for _ in range(2))
-    assert first.spec == again.spec
-    assert first.spec.video == videos[3]
-    assert first.failures == tuple(
-        (name, "it cannot be decoded (No such file or directory). Replace or remove the file.")
-        for name in ("b.mp4", "c.mp4")
-    )
+    clips = [ClipDataset(videos, SMALL, seed=0)[epoch, 1] for epoch in range(8)]
+    assert clips[0].spec == ClipDataset(videos, SMALL, seed=0)[0, 1].spec
+    assert {clip.spec.video.name for clip in clips} == {"a.mp4", "d.mp4"}
+    assert {clip.failures[0][0] for clip in clips} == {"b.mp4"}
+    assert {name for clip in clips for name, _ in clip.failures} == {"b.mp4", "c.mp4"}
+    reason = "it cannot be decoded (No such file or directory). Replace or remove the file."
+    assert {reason for clip in clips for _, reason in clip.failures} == {reason}
 
 
-def test_where_all_videos_fail_the_error_names_some_and_tries_end() -> None:
-    with pytest.raises(DataError, match=r"3 videos failed one after the other \(1\.mp4: .*No such file"):
+def test_neighbours_that_fail_together_cost_no_clip_and_no_video_stands_in_for_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bad = {f"{number}.mp4" for number in range(40, 110)}
+
+    def read(path: Path, *arguments: object, **settings: object) -> np.ndarray:
+        if path.name in bad:
+            raise DataError(f"{path}: it is empty")
+        return np.zeros((3, 5, 24, 24), np.uint8)
+
+    monkeypatch.setattr("videovae.data.clips.read_clip", read)
+    dataset = ClipDataset(unreal(160, 12), SMALL, seed=0)
+    clips = [dataset[0, index] for index in range(160)]
+    assert {name for clip in clips for name, _ in clip.failures} == bad
+    stand_ins = Counter(clip.spec.video.name for clip in clips if clip.failures)
+    assert stand_ins.total() == 70
+    assert stand_ins.most_common(1)[0][1] <= 5
+
+
+def test_no_video_is_tried_twice_for_a_clip_and_tries_end() -> None:
+    for num_videos in (1, 3, 1000):
+        dataset = ClipDataset(unreal(num_videos, 12), SMALL, seed=0)
+        for epoch in range(20):
+            names = [spec.video.name for spec in dataset.draw(epoch, 0)]
+            assert names[0] == "0.mp4"
+            assert len(names) == len(set(names)) == min(num_videos, MAX_TRIES)
+
+
+def test_where_all_videos_fail_the_error_names_some() -> None:
+    with pytest.raises(DataError, match=r"all of 3 videos that were tried failed \(1\.mp4: .*No such file"):
         ClipDataset(unreal(3, 12), SMALL, seed=0)[0, 1]
-    assert len(list(ClipDataset(unreal(1000, 12), SMALL, seed=0).draw(0, 0))) == MAX_TRIES
 
 
 def test_no_video_at_all_is_an_error() -> None:
@@ -163,6 +191,17 @@ def test_a_heldout_video_that_fails_is_replaced_and_logged(
     with caplog.at_level(logging.WARNING):
         assert clips[0].read().shape == (3, 5, 24, 24)
     assert "held-out video a.mp4 is replaced: it cannot be decoded" in caplog.text
+
+
+def test_one_bad_heldout_video_of_five_is_replaced_by_any_other() -> None:
+    config = dataclasses.replace(SMALL, num_heldout_clips=40)
+    clips = heldout_clips(unreal(5, 200), config)
+    assert all(len({spec.video.name for spec in clip.specs}) == 5 for clip in clips)
+    stand_ins = Counter(clip.specs[1].video.name for clip in clips if clip.specs[0].video.name == "2.mp4")
+    assert stand_ins.total() == 8
+    assert len(stand_ins) >= 2
+    with pytest.raises(DataError, match="all of 5 videos that were tried failed"):
+        clips[0].read()
 
 
 def test_without_heldout_videos_there_are_no_heldout_clips() -> None:

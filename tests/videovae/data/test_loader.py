@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from videovae.data.clips import ClipDataset, ClipsConfig
-from videovae.data.index import build_index
+from videovae.data.index_builder import build_index
 from videovae.data.loader import Batch, ClipLoader, ClipOrder, build_loader
 from videovae.errors import DataError
 
@@ -97,13 +97,27 @@ def test_a_resumed_loader_goes_on_as_if_never_stopped(dataset: ClipDataset, befo
     assert torch.equal(next(loader_of(dataset, start_position=6)).video, whole[3])
 
 
-def test_resuming_on_other_videos_is_said(dataset: ClipDataset, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_resumed_loader_knows_whether_the_videos_are_the_same(dataset: ClipDataset) -> None:
     state = loader_of(dataset).state_dict()
-    fewer = ClipDataset(dataset.videos[:4], CONFIG, seed=7)
-    loader_of(dataset).load_state_dict(state)
-    assert caplog.text == ""
-    loader_of(fewer).load_state_dict(state)
-    assert "the videos are not those of the checkpoint" in caplog.text
+    same, other = loader_of(dataset), loader_of(ClipDataset(dataset.videos[:4], CONFIG, seed=7))
+    for loader in (same, other):
+        assert not loader.videos_changed
+        loader.load_state_dict(state)
+    assert (same.videos_changed, other.videos_changed) == (False, True)
+
+
+def test_a_resumed_loader_remembers_failures_of_the_videos_that_are_still_there(dataset: ClipDataset) -> None:
+    dataset.videos[2].path.write_bytes(b"no video")
+    first = loader_of(dataset)
+    take(first, 5)
+    state = first.state_dict()
+    assert list(state["failures"]) == ["c.mp4"]
+    second = loader_of(dataset)
+    second.load_state_dict(state)
+    assert second.failures == first.failures
+    without = loader_of(ClipDataset([v for v in dataset.videos if v.name != "c.mp4"], CONFIG, seed=7))
+    without.load_state_dict(state)
+    assert without.failures == {}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -119,14 +133,21 @@ def test_a_video_that_fails_is_counted_once_and_travels_with_the_batch(dataset: 
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_too_many_failing_videos_end_the_run_and_are_named(dataset: ClipDataset, num_workers: int) -> None:
-    for video in dataset.videos[1:4]:
+def test_failures_of_most_videos_are_counted_and_only_those_of_all_are_an_error(
+    dataset: ClipDataset, num_workers: int
+) -> None:
+    for video in dataset.videos[1:]:
         video.path.unlink()
+    with loader_of(dataset, num_workers=num_workers) as loader:
+        batches = take(loader, 10)
+        assert sorted(loader.failures) == ["b.mp4", "c.mp4", "d.mp4", "e.mp4"]
+        assert {spec.video.name for batch in batches for spec in batch.specs} == {"a.mp4"}
+    dataset.videos[0].path.unlink()
     with (
         loader_of(dataset, num_workers=num_workers) as loader,
-        pytest.raises(DataError, match=r"3 of 5 videos cannot be used, and at most 50% may fail \(.*\.mp4: .*decoded"),
+        pytest.raises(DataError, match=r"all of 5 videos that were tried failed \(.*\.mp4: .*decoded"),
     ):
-        take(loader, 20)
+        next(loader)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

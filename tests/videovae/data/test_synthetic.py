@@ -3,7 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from videovae.data.index import build_index, usable
+from videovae.data.index import usable
+from videovae.data.index_builder import build_index
 from videovae.data.synthetic import clip_frames, make_clips
 from videovae.data.video import iter_frames, probe
 from videovae.errors import DataError

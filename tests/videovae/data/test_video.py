@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from videovae.data.ffmpeg import decode
 from videovae.data.video import (
     VideoInfo,
+    check_writable,
     iter_frames,
     probe,
     read_clip,
@@ -234,10 +235,40 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> 
         write_video(path, [image], fps=float("nan"))
     with pytest.raises(DataError, match=r"Use \.mkv, \.mov, \.mp4"):
         write_video(tmp_path / "out.webm", [image], fps=8)
-    with pytest.raises(DataError, match=r"cannot be written \(No such file"):
+    with pytest.raises(DataError, match=r"cannot be written \(there is no folder"):
         write_video(tmp_path / "nowhere" / "out.mp4", [image], fps=8)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
+
+
+def test_what_cannot_be_written_is_known_before_there_are_frames(tmp_path: Path) -> None:
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "old.mp4").write_bytes(b"old")
+    for name, message in (
+        ("out.gif", r"out\.gif: cannot write this kind of file\. Use \.mkv, \.mov, \.mp4"),
+        ("out", "cannot write this kind of file"),
+        ("nowhere/out.mp4", r"out\.mp4: it cannot be written \(there is no folder .*nowhere\)\. Make it"),
+        ("file/out.mp4", "there is no folder .*file"),
+        ("folder.mp4", r"it cannot be written \(a folder has this name\)"),
+    ):
+        with pytest.raises(DataError, match=message):
+            check_writable(tmp_path / name)
+    for name in ("new.mp4", "new.MKV", "old.mp4"):
+        check_writable(tmp_path / name)
+    assert (tmp_path / "old.mp4").read_bytes() == b"old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.mp4", "old.mp4"]
+
+
+def test_a_file_system_that_fails_while_writing_is_an_error_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("videovae.data.video._encode", full)
+    with pytest.raises(DataError, match=r"cannot be written \(No space left on device\)"):
+        write_video(tmp_path / "out.mp4", [np.zeros((16, 16, 3), np.uint8)], fps=8)
 
 
 def test_iter_frames_ends_at_max_frames(make_video: MakeVideo) -> None:
