@@ -4,9 +4,12 @@ import argparse
 import contextlib
 import io
 import os
+import signal
+import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -47,17 +50,86 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return COMMANDS[given[0]](given[1:])
-    except RankwiseError as error:
-        if not error.on_every_rank or _is_main_process():
+    except (RankwiseError, OSError) as error:
+        if _is_said_here(error):
             print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _is_said_here(error: RankwiseError | OSError) -> bool:
+    """Whether this rank has to tell of an error, so that a console shows it once."""
+    if not isinstance(error, RankwiseError):
+        return True
+    identity = rankwise.Identity.resolve(os.environ)
+    if error.on_every_rank:
+        return identity.is_main_process
+    if isinstance(error, rankwise.RankFailedError):
+        # That rank has told it itself; another node may have another console.
+        return identity.is_local_main_process and error.failures[0].host != socket.gethostname()
+    return True
 
 
 def train_command(arguments: Sequence[str]) -> int:
     """`videovae train`: start the ranks, or, inside a launcher, be one."""
+    identity = rankwise.Identity.resolve(os.environ)
+    if identity.launcher != "single":
+        return _train_as_rank(arguments, identity)
+    with _stopping_early():
+        config, num_processes = _parse(arguments)
+        _check_before_launch(config)
+        if num_processes is None:
+            num_processes = _default_processes()
+        if num_processes == 1:
+            return _train(config)
+        from rankwise.launch import launch
+
+        # A rank that trains answers SIGTERM by saving. One that is killed by it was still starting: nothing is lost.
+        command = ["--nproc-per-node", str(num_processes), "-m", "videovae", "train", *arguments]
+        return launch(command, stopped_status=0)
+
+
+def _train_as_rank(arguments: Sequence[str], identity: rankwise.Identity) -> int:
+    try:
+        config, num_processes = _parse(arguments)
+        if num_processes not in (None, identity.local_world_size):
+            raise rankwise.LaunchError(
+                f"--nproc is {num_processes}, but {identity.launcher} has started {identity.local_world_size} "
+                "processes on this node. Leave --nproc away under a launcher."
+            )
+    except RankwiseError as error:
+        error.on_every_rank = True  # every rank has the same words
+        raise
+    return _train(config)
+
+
+def _train(config: "TrainConfig") -> int:
+    from videovae.train import train
+
+    train(config)
+    return 0
+
+
+@contextlib.contextmanager
+def _stopping_early() -> Iterator[None]:
+    """Stop signals end in status 0 until the ranks or the session answer them: importing torch takes seconds."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        print("stopped before the first step", file=sys.stderr)
+        raise SystemExit(0)
+
+    before = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _parse(arguments: Sequence[str]) -> tuple["TrainConfig", int | None]:
+    """The config, and the number of processes that was asked for."""
     from videovae.presets import PRESETS
 
     parser = argparse.ArgumentParser("videovae train", add_help=False, allow_abbrev=False)
@@ -65,25 +137,9 @@ def train_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--nproc", type=int)
     own, rest = parser.parse_known_args(arguments)
     config = _parse_config(own.preset, rest)
-
-    identity = rankwise.Identity.resolve(os.environ)
-    if identity.launcher == "single":
-        num_processes = own.nproc if own.nproc is not None else _default_processes()
-        if num_processes < 1:
-            raise rankwise.LaunchError(f"--nproc is {num_processes}; give 1 or more.")
-        _check_before_launch(config)
-        if num_processes > 1:
-            return _launch(num_processes, arguments)
-    elif own.nproc not in (None, identity.local_world_size):
-        raise rankwise.LaunchError(
-            f"--nproc is {own.nproc}, but {identity.launcher} has started {identity.local_world_size} processes on "
-            "this node. Leave --nproc away under a launcher."
-        )
-
-    from videovae.train import train
-
-    train(config)
-    return 0
+    if own.nproc is not None and own.nproc < 1:
+        raise rankwise.LaunchError(f"--nproc is {own.nproc}; give 1 or more.")
+    return config, own.nproc
 
 
 def _parse_config(preset: str, arguments: Sequence[str]) -> "TrainConfig":
@@ -114,24 +170,21 @@ def _parse_config(preset: str, arguments: Sequence[str]) -> "TrainConfig":
 
 def _check_before_launch(config: "TrainConfig") -> None:
     """What can be seen to be wrong without starting a rank."""
-    from rankwise.checkpoint import CheckpointManager
     from videovae.data.index import find_videos
+    from videovae.errors import ConfigError, RunDirError
     from videovae.resume import choose_checkpoint
+
+    try:
+        (config.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirError(f"run folder {config.run_dir} cannot be written ({error.strerror}). Give another.") from error
 
     if config.data is not None:
         find_videos(config.data)
-    choose_checkpoint(config, CheckpointManager(config.run_dir / "checkpoints"))
-
-
-def _launch(num_processes: int, arguments: Sequence[str]) -> int:
-    from rankwise.launch import launch
-
-    status = launch(["--nproc-per-node", str(num_processes), "-m", "videovae", "train", *arguments])
-    if status == KILLED_BY_SIGTERM:
-        # A rank that trains answers SIGTERM by saving; only one that was still starting is killed by it.
-        print("stopped before the first step", file=sys.stderr)
-        return 0
-    return status
+    weights = config.loss.perceptual_weights
+    if weights is not None and not weights.exists():
+        raise ConfigError(f"loss.perceptual_weights is {weights}, which does not exist. Give a file or folder.")
+    choose_checkpoint(config)
 
 
 def _default_processes() -> int:
@@ -184,7 +237,7 @@ def reconstruct_command(arguments: Sequence[str]) -> int:
     """`videovae reconstruct`."""
 
     def reconstruct(
-        weights: tyro.conf.Positional[Path],
+        weights: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WEIGHTS")],
         source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IN.mp4")],
         target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT.mp4")],
     ) -> None:
@@ -210,7 +263,9 @@ def export_command(arguments: Sequence[str]) -> int:
     """`videovae export`."""
 
     def export(
-        run: tyro.conf.Positional[Path], directory: tyro.conf.Positional[Path], weights: Literal["ema", "raw"] = "ema"
+        run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")],
+        directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")],
+        weights: Literal["ema", "raw"] = "ema",
     ) -> None:
         """Write a trained model as a folder in the layout of diffusers.
 
@@ -227,14 +282,9 @@ def export_command(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _is_main_process() -> bool:
-    return rankwise.Identity.resolve(os.environ).is_main_process
-
-
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train_command,
     "make-clips": make_clips_command,
     "reconstruct": reconstruct_command,
     "export": export_command,
 }
-KILLED_BY_SIGTERM = 143

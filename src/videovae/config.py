@@ -8,6 +8,7 @@ from typing import Any, Literal
 from videovae.data.clips import ClipsConfig
 from videovae.errors import ConfigError
 from videovae.losses import LossConfig
+from videovae.losses.perceptual import MIN_SIZE as LPIPS_MIN_SIZE
 from videovae.models.discriminator import DiscriminatorConfig
 from videovae.models.wfvae_config import WFVAEConfig
 from videovae.optim import OptimizerConfig
@@ -24,11 +25,14 @@ FREE_ON_RESUME = frozenset(
         "resume",
         "timeout_seconds",
         "clips.num_workers",
-        "clips.num_heldout_clips",
         "clips.max_failed_fraction",
         "loss.perceptual_weights",
     }
 )
+
+
+MAX_TIMEOUT_SECONDS = 7 * 24 * 3600.0
+VIDEO_CHANNELS = 3
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,33 @@ class TrainConfig:
             raise ConfigError(f"num_steps is {self.num_steps}, but it counts steps: give 0 or more.")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay is {self.ema_decay}, but it is a share: give at least 0 and less than 1.")
-        if self.timeout_seconds <= 0:
-            raise ConfigError(f"timeout_seconds is {self.timeout_seconds}; give more than 0.")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; give 0 or more.")
+        if not 0 < self.timeout_seconds <= MAX_TIMEOUT_SECONDS:
+            raise ConfigError(
+                f"timeout_seconds is {self.timeout_seconds}; give more than 0, and {MAX_TIMEOUT_SECONDS} at most."
+            )
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        """What each part cannot see alone."""
+        factor, num_frames = self.model.temporal_factor, self.clips.num_frames
+        if num_frames % factor != 1:
+            below = num_frames - (num_frames - 1) % factor
+            raise ConfigError(
+                f"clips.num_frames is {num_frames}, and the model takes one frame and then groups of {factor}: "
+                f"give {below} or {below + factor}."
+            )
+        if self.discriminator.in_channels != VIDEO_CHANNELS:
+            raise ConfigError(
+                f"discriminator.in_channels is {self.discriminator.in_channels}, and videos have {VIDEO_CHANNELS}."
+            )
+        side = min(self.clips.height, self.clips.width)
+        if self.loss.perceptual_weight > 0 and side < LPIPS_MIN_SIZE:
+            raise ConfigError(
+                f"clips are {side} pixels on a side, and the perceptual term needs {LPIPS_MIN_SIZE}. Give larger ones, "
+                "or loss.perceptual_weight 0."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The same as a tree that JSON can hold; paths become strings."""

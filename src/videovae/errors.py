@@ -5,6 +5,8 @@ RankwiseError
     ConfigError   (also a ValueError)  settings that contradict each other, or a resume with other ones
     DataError                          no usable video where some was promised
     WeightsError                       weights or a model folder that is missing, broken or of another model
+    RunDirError                        the run folder cannot be written
+    DivergedError                      the losses are no numbers any more
 """
 
 from rankwise.errors import RankwiseError
@@ -24,3 +26,11 @@ class DataError(VideoVAEError):
 
 class WeightsError(VideoVAEError):
     """Weights or a model folder that is missing, broken, or belongs to another model."""
+
+
+class RunDirError(VideoVAEError):
+    """The run folder cannot be written: a full disk, or one that is read-only."""
+
+
+class DivergedError(VideoVAEError):
+    """The losses are no numbers any more, and nothing that follows would be worth a checkpoint."""

@@ -1,5 +1,6 @@
 """How well the model reconstructs clips that it was not trained on."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -11,12 +12,16 @@ from PIL import Image
 from torch import Tensor
 
 import rankwise
+from rankwise.files import write_atomic
 from videovae.config import TrainConfig
 from videovae.data.clips import heldout_clips
 from videovae.data.index import VideoEntry
 from videovae.data.video import to_model_range, to_pixels, write_video
+from videovae.errors import DataError
 from videovae.quality import psnr
 from videovae.state import TrainState, autocast
+
+logger = rankwise.get_logger(__name__)
 
 SAMPLE_FPS = 8
 SHEET_COLUMNS = 6
@@ -28,11 +33,18 @@ Share = Sequence[tuple[int, UInt8[Tensor, "c t h w"]]]
 def heldout_share(videos: Sequence[VideoEntry], config: TrainConfig, identity: rankwise.Identity) -> Share:
     """This rank's part of the held-out clips, decoded: clip number i belongs to rank i modulo the world size.
 
+    A clip that cannot be decoded is left out, and named in the log.
+
     Ranks: local.
     """
     clips = heldout_clips(videos, config.clips)
-    mine = range(identity.rank, len(clips), identity.world_size)
-    return [(number, clips[number].read()) for number in mine]
+    share = []
+    for number in range(identity.rank, len(clips), identity.world_size):
+        try:
+            share.append((number, clips[number].read()))
+        except DataError as error:
+            logger.warning(f"held-out clip {number} is left out: {error}")
+    return share
 
 
 @torch.no_grad()
@@ -42,14 +54,16 @@ def evaluate(
     """Mean PSNR over the held-out clips of all ranks, with the raw and with the averaged weights.
 
     Returns:
-        The measures by name, equal on every rank and empty where no clip is held out; and, where this rank has
-        clips, the first one above its reconstruction with the averaged weights.
+        The measures by name, equal on every rank and empty where no clip is held out; and, on the rank that has the
+        first clip, this one above its reconstruction with the averaged weights.
     Ranks: every rank must call.
     """
     raw = [_score(state, clip, config, device) for _, clip in heldout]
+    frames = None
     with state.ema.applied_to(state.vae):
         averaged = [_score(state, clip, config, device) for _, clip in heldout]
-        frames = _side_by_side(state, heldout[0][1], config, device, axis="h") if heldout else None
+        if heldout and heldout[0][0] == 0:
+            frames = _side_by_side(state, heldout[0][1], config, device, axis="h")
     rows = [row for rows in rankwise.gather_objects(list(zip(raw, averaged, strict=True))) for row in rows]
     if not rows:
         return {}, None
@@ -63,7 +77,7 @@ def save_samples(state: TrainState, heldout: Share, config: TrainConfig, device:
 
     Ranks: main process only.
     Raises:
-        OSError: the run folder cannot be written.
+        DataError, OSError: the run folder cannot be written; no half file is left.
     """
     with state.ema.applied_to(state.vae):
         frames = _side_by_side(state, heldout[0][1], config, device, axis="w")
@@ -74,7 +88,9 @@ def save_samples(state: TrainState, heldout: Share, config: TrainConfig, device:
     num_columns = min(SHEET_COLUMNS, len(frames))
     chosen = torch.linspace(0, len(frames) - 1, num_columns).round().long()
     tiles = rearrange(frames[chosen], "t h (two w) c -> (two h) (t w) c", two=2)
-    Image.fromarray(tiles.numpy()).save(sheet)
+    picture = io.BytesIO()
+    Image.fromarray(tiles.numpy()).save(picture, "png")
+    write_atomic(sheet, picture.getvalue())
     return video, sheet
 
 

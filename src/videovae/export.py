@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from videovae.reconstruct import Weights, load_model
+from videovae.errors import WeightsError
+from videovae.reconstruct import Weights, is_exported, load_model
 
 
 def export(run: Path, directory: Path, weights: Weights = "ema") -> Path:
@@ -15,6 +16,8 @@ def export(run: Path, directory: Path, weights: Weights = "ema") -> Path:
     Raises:
         ConfigError, WeightsError, CheckpointError: there is no whole checkpoint, or `directory` holds something.
     """
+    if is_exported(run):
+        raise WeightsError(f"{run} is an exported folder already. Give a run folder or one of its checkpoints.")
     model, source = load_model(run, weights)
     model.save_pretrained(directory)
     return source

@@ -32,7 +32,7 @@ def debug() -> TrainConfig:
         discriminator=DiscriminatorConfig(base_channels=16, num_layers=3),
         # Published weights are made for weeks of training; these teach the coarse bands, and with them the brightness
         # and the large shapes, within the first hundred steps.
-        loss=LossConfig(disc_start=10, disc_weight=0.1, wavelet_weight=1.0),
+        loss=LossConfig(disc_start=8, disc_weight=0.1, wavelet_weight=1.0),
         optimizer=OptimizerConfig(
             learning_rate=2e-3, betas=(0.9, 0.95), max_grad_norm=1e4, warmup_steps=10, discriminator_learning_rate=5e-4
         ),
@@ -41,30 +41,29 @@ def debug() -> TrainConfig:
 
 
 def wfvae_s() -> TrainConfig:
-    """WF-VAE-S as published: 147 M parameters, 4 latent channels, 25 frames of 256 x 256."""
-    return TrainConfig(
-        model=WFVAEConfig(
-            latent_dim=4,
-            base_channels=128,
-            encoder_energy_flow_hidden_size=128,
-            decoder_energy_flow_hidden_size=128,
-            norm_type="layernorm",
-            t_interpolation="trilinear",
-        ),
-    )
+    """WF-VAE-S as published: 147 M parameters, 4 latent channels, 25 frames of 256 x 256.
+
+    Without the perceptual term, which needs its weights: published is `loss.perceptual_weight` 1.
+    """
+    return TrainConfig(model=_published(latent_dim=4, base_channels=128))
 
 
 def wfvae_l_16ch() -> TrainConfig:
-    """WF-VAE-L as published with 16 latent channels: 317 M parameters, 25 frames of 256 x 256."""
-    return TrainConfig(
-        model=WFVAEConfig(
-            latent_dim=16,
-            base_channels=192,
-            encoder_energy_flow_hidden_size=128,
-            decoder_energy_flow_hidden_size=128,
-            norm_type="layernorm",
-            t_interpolation="trilinear",
-        ),
+    """WF-VAE-L as published with 16 latent channels: 317 M parameters, 25 frames of 256 x 256.
+
+    Without the perceptual term, which needs its weights: published is `loss.perceptual_weight` 1.
+    """
+    return TrainConfig(model=_published(latent_dim=16, base_channels=192))
+
+
+def _published(*, latent_dim: int, base_channels: int) -> WFVAEConfig:
+    return WFVAEConfig(
+        latent_dim=latent_dim,
+        base_channels=base_channels,
+        encoder_energy_flow_hidden_size=128,
+        decoder_energy_flow_hidden_size=128,
+        norm_type="layernorm",
+        t_interpolation="trilinear",
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankwise.checkpoint import CheckpointManager
-from videovae.data.video import VideoInfo, iter_frames, probe, to_model_range, to_pixels, write_video
+from videovae.data.video import VideoInfo, check_writable, iter_frames, probe, to_model_range, to_pixels, write_video
 from videovae.errors import DataError, WeightsError
 from videovae.models.pretrained import load
 from videovae.models.wfvae import WFVAEModel
@@ -20,6 +20,9 @@ from videovae.resume import find_checkpoint
 
 MAX_PIXELS = 400 * 320 * 180
 """Most frames x height x width that are taken: the whole video and its reconstruction are held in memory."""
+UNTILED_BYTES = 6 * 2**30
+BYTES_PER_CHANNEL = 5
+"""Without tiling the activations are held too: this many bytes per pixel and base channel, as measured."""
 
 Weights = Literal["ema", "raw"]
 
@@ -36,7 +39,7 @@ def load_model(path: Path, weights: Weights = "ema") -> tuple[WFVAEModel, Path]:
     """
     if not path.exists():
         raise WeightsError(f"{path} does not exist. Give a run folder, one of its checkpoints, or an exported folder.")
-    if (path / "diffusion_pytorch_model.safetensors").exists():
+    if is_exported(path):
         return load(path).eval(), path
     directory, step = find_checkpoint(path)
     checkpoints = CheckpointManager(directory)
@@ -45,19 +48,29 @@ def load_model(path: Path, weights: Weights = "ema") -> tuple[WFVAEModel, Path]:
     return model.eval(), checkpoints.path(step)
 
 
+def is_exported(path: Path) -> bool:
+    """Whether a folder holds a model in the layout of diffusers."""
+    return (path / "diffusion_pytorch_model.safetensors").exists()
+
+
 @torch.no_grad()
 def reconstruct(model: WFVAEModel, source: Path, target: Path) -> float:
-    """Encode a video of any size, decode it, and write that as H.264 with the same size and frame rate.
+    """Encode a video of any size, decode it, and write that as H.264 with the same size and mean frame rate.
 
-    Frames are padded to what the model can halve, and the reconstruction is cropped back.
+    Frames are padded to what the model can halve, and the reconstruction is cropped back. Sound is left out.
 
     Returns:
         PSNR of the reconstruction in dB, over the whole video and before it is compressed again.
     Raises:
         DataError: the video cannot be decoded, or is longer than fits into memory for now.
     """
+    check_writable(target)
+    if not source.is_file():
+        raise DataError(f"{source} is no file. Give a video.")
+    if target.exists() and target.samefile(source):
+        raise DataError(f"{target} is the video itself. Give another name for the reconstruction.")
     info = probe(source)
-    _check_length(source, info)
+    _check_length(source, info, model)
     frames = torch.stack([torch.from_numpy(frame) for frame in iter_frames(source)])
     x = to_model_range(rearrange(frames, "t h w c -> 1 c t h w"))
     if model.config.norm_type == "layernorm":
@@ -69,13 +82,16 @@ def reconstruct(model: WFVAEModel, source: Path, target: Path) -> float:
     return psnr(recon, x, data_range=2.0).item()
 
 
-def _check_length(source: Path, info: VideoInfo) -> None:
+def _check_length(source: Path, info: VideoInfo, model: WFVAEModel) -> None:
+    most, reason = MAX_PIXELS, "the whole video is held in memory"
+    if model.config.norm_type == "groupnorm":
+        most = min(most, UNTILED_BYTES // (BYTES_PER_CHANNEL * model.config.base_channels))
+        reason = "a model with group norm takes the whole video at once"
     num_pixels = info.num_frames * info.height * info.width
-    if num_pixels > MAX_PIXELS:
-        num_frames = MAX_PIXELS // (info.height * info.width)
+    if num_pixels > most:
         raise DataError(
-            f"{source} has {info.num_frames} frames of {info.width}x{info.height}, and the whole video is held in "
-            f"memory: for now at most {num_frames} frames of that size are taken. Cut the video into shorter ones."
+            f"{source} has {info.num_frames} frames of {info.width}x{info.height}, and {reason}: for now at most "
+            f"{most // (info.height * info.width)} frames of that size are taken. Cut the video into shorter ones."
         )
 
 

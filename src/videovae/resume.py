@@ -1,39 +1,75 @@
 """Which checkpoint a run goes on from, and whether it may."""
 
+import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import rankwise
 from rankwise.checkpoint import CheckpointManager
 from videovae.config import TrainConfig, differences
+from videovae.data.index import HeldoutRange
 from videovae.errors import ConfigError
 from videovae.state import TrainState
 
 logger = rankwise.get_logger(__name__)
 
 
-def resume(config: TrainConfig, state: TrainState, checkpoints: CheckpointManager) -> int | None:
-    """Load the checkpoint that `config.resume` asks for into the state.
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint that a run goes on from."""
 
-    Returns:
-        The step of this run's own checkpoint that was loaded; None where there was none to load, or it belongs to
-        another run folder.
+    directory: Path
+    """Folder of checkpoints."""
+    step: int
+    is_own: bool
+    """Whether it is the run's own, or the run branches off another one."""
+    heldout: list[HeldoutRange]
+    """What was never trained on, and must not be from here on."""
+
+
+def choose_checkpoint(config: TrainConfig) -> Origin | None:
+    """The checkpoint that `config.resume` asks for; None where the run starts afresh.
+
     Raises:
-        ConfigError: the checkpoint was made with other settings than those of this run, or starting from it would
+        ConfigError: there is none, it was made with other settings than those of this run, or starting from it would
             mix two runs in one folder.
-        CheckpointError: the checkpoint is missing, damaged, or made by another number of ranks.
+        CheckpointError: it is damaged.
+    Ranks: local; reads the file system.
+    """
+    found = _find(config)
+    if found is None:
+        return None
+    directory, step = found
+    checkpoints = CheckpointManager(directory)
+    changed = differences(checkpoints.read("config", step), config.to_dict())
+    if changed:
+        raise ConfigError(
+            f"step {step} in {directory} was made with other settings: {'; '.join(changed)}. "
+            "Give the same ones; a run with other settings starts afresh, in another --run-dir, without --resume PATH."
+        )
+    heldout = [(str(name), int(start), int(stop)) for name, start, stop in checkpoints.read("heldout", step)]
+    return Origin(directory, step, directory == _own(config), heldout)
+
+
+def restore(origin: Origin, state: TrainState, config: TrainConfig) -> None:
+    """Bring the state to where the checkpoint left it.
+
+    Raises:
+        CheckpointError: it is damaged, or made by another number of ranks.
     Ranks: every rank must call.
     """
-    chosen = rankwise.on_main_process(choose_checkpoint, config, checkpoints)
-    if chosen is None:
-        return None
-    directory, step = chosen
-    own = directory == checkpoints.directory
-    source = checkpoints if own else CheckpointManager(directory)
-    source.load(state.items(config), step)
-    state.step = step
-    logger.info(f"going on from {source.path(step)}", ranks="main")
-    return step if own else None
+    checkpoints = CheckpointManager(origin.directory)
+    checkpoints.load(state.items(config), origin.step)
+    state.step = origin.step
+    state.origin = checkpoints.read("origin", origin.step) if origin.is_own else str(origin.directory.resolve())
+    logger.info(f"going on from {checkpoints.path(origin.step)}", ranks="main")
+    if state.loader.videos_changed:
+        logger.warning(
+            "the videos are not those of the checkpoint: from here on other clips are drawn than in a run that was "
+            "never stopped",
+            ranks="main",
+        )
 
 
 def find_checkpoint(path: Path) -> tuple[Path, int]:
@@ -43,13 +79,10 @@ def find_checkpoint(path: Path) -> tuple[Path, int]:
         ConfigError: there is none.
     Ranks: local; reads the file system.
     """
-    if match := re.fullmatch(r"step-(\d+)", path.name):
-        directory, step = path.parent, int(match[1])
-        if step in CheckpointManager(directory).steps():
-            return directory, step
-        raise ConfigError(
-            f"{path} is no whole checkpoint: it has no manifest.json. Name another step, or the run folder."
-        )
+    path = Path(os.path.abspath(path))
+    match = re.fullmatch(r"step-(\d+)", path.name)
+    if match and int(match[1]) in CheckpointManager(path.parent).steps():
+        return path.parent, int(match[1])
     for directory in (path / "checkpoints", path):
         newest = CheckpointManager(directory).latest() if directory.is_dir() else None
         if newest is not None:
@@ -58,14 +91,13 @@ def find_checkpoint(path: Path) -> tuple[Path, int]:
     raise ConfigError(f"{path} {seen}. Give a run folder, or one of its checkpoints/step-... folders.")
 
 
-def choose_checkpoint(config: TrainConfig, checkpoints: CheckpointManager) -> tuple[Path, int] | None:
-    """Folder and step of the checkpoint that `config.resume` asks for; None where the run starts afresh.
+def _own(config: TrainConfig) -> Path:
+    return config.run_dir / "checkpoints"
 
-    Raises:
-        ConfigError, CheckpointError: as `resume`.
-    Ranks: local; reads the file system.
-    """
-    newest = checkpoints.latest()
+
+def _find(config: TrainConfig) -> tuple[Path, int] | None:
+    own = _own(config)
+    newest = CheckpointManager(own).latest()
     if config.resume == "never":
         if newest is not None:
             raise ConfigError(
@@ -74,22 +106,17 @@ def choose_checkpoint(config: TrainConfig, checkpoints: CheckpointManager) -> tu
             )
         return None
     if config.resume == "auto":
-        if newest is None:
-            return None
-        directory, step = checkpoints.directory, newest
-    else:
-        directory, step = find_checkpoint(Path(config.resume))
-        if directory.resolve() == checkpoints.directory.resolve():
-            directory = checkpoints.directory
-        if newest is not None and (directory != checkpoints.directory or newest > step):
-            raise ConfigError(
-                f"{config.run_dir} already holds a checkpoint of step {newest}; starting there from step {step} of "
-                f"{directory} would mix two runs. Give another --run-dir."
-            )
-    changed = differences(CheckpointManager(directory).read("config", step), config.to_dict())
-    if changed:
-        raise ConfigError(
-            f"step {step} in {directory} was made with other settings: {'; '.join(changed)}. "
-            "Give the same ones, or another --run-dir for a new run."
-        )
-    return directory, step
+        return None if newest is None else (own, newest)
+
+    directory, step = find_checkpoint(Path(config.resume))
+    if newest is None:
+        return directory, step
+    if directory.resolve() == own.resolve():
+        if step == newest:
+            return own, step
+    elif CheckpointManager(own).read("origin", newest) == str(directory.resolve()):
+        return own, newest  # started from there before, and come further since
+    raise ConfigError(
+        f"{config.run_dir} already holds a checkpoint of step {newest}; starting there from step {step} of {directory} "
+        "would mix two runs. Give another --run-dir."
+    )

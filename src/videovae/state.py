@@ -1,6 +1,6 @@
 """Everything that a training run carries from step to step, and that a checkpoint therefore holds."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +12,10 @@ import rankwise
 from rankwise.checkpoint import PerRank
 from videovae.config import TrainConfig
 from videovae.data.clips import ClipDataset
-from videovae.data.index import VideoEntry
+from videovae.data.index import HeldoutRange, VideoEntry
 from videovae.data.loader import ClipLoader, build_loader
 from videovae.ema import ExponentialAverage
-from videovae.errors import ConfigError
+from videovae.errors import ConfigError, WeightsError
 from videovae.losses.perceptual import LPIPS, load_perceptual
 from videovae.models.discriminator import NLayerDiscriminator3D
 from videovae.models.wfvae import WFVAEModel
@@ -54,7 +54,8 @@ class TrainState:
     """Networks, optimizers, data position and random streams of a run on this rank.
 
     `vae` and `discriminator` are the bare networks; the `parallel_` ones reduce gradients in their backward pass
-    (the same objects where there is one process).
+    (the same objects where there is one process). `heldout` is what is never trained on, `origin` the folder of
+    checkpoints that the run branched off, if any.
     """
 
     vae: WFVAEModel
@@ -69,6 +70,8 @@ class TrainState:
     discriminator_scaler: torch.amp.GradScaler
     loader: ClipLoader
     rng: rankwise.RngState
+    heldout: list[HeldoutRange]
+    origin: str = ""
     losses: RecentLosses = field(default_factory=RecentLosses)
     step: int = 0
 
@@ -86,21 +89,25 @@ class TrainState:
             "rng": PerRank(self.rng),
             "losses": PerRank(self.losses),
             "config": config.to_dict(),
+            "heldout": [list(part) for part in self.heldout],
+            "origin": self.origin,
         }
 
 
-def build_state(config: TrainConfig, session: rankwise.Session, videos: list[VideoEntry]) -> TrainState:
+def build_state(
+    config: TrainConfig, session: rankwise.Session, videos: Sequence[VideoEntry], heldout: list[HeldoutRange]
+) -> TrainState:
     """Networks with the same first weights on every rank, on this rank's device, and this rank's share of the data.
 
+    Raises:
+        RankFailedError: the perceptual weights cannot be read.
     Ranks: every rank must call.
     """
     identity, device = session.identity, session.device
     with rankwise.same_on_every_rank(config.seed):
         vae = WFVAEModel(config.model).to(device)
         discriminator = NLayerDiscriminator3D(config.discriminator).to(device)
-    perceptual = None
-    if config.loss.perceptual_weight > 0 and config.loss.perceptual_weights is not None:
-        perceptual = load_perceptual(config.loss.perceptual_weights).to(device)
+    perceptual = _load_perceptual(config, device)
     settings = config.optimizer
     scaled = config.precision == "fp16"
     state = TrainState(
@@ -133,9 +140,22 @@ def build_state(config: TrainConfig, session: rankwise.Session, videos: list[Vid
             pin_memory=device.type == "cuda",
         ),
         rng=rankwise.RngState(device),
+        heldout=heldout,
     )
     _settle_buckets(state, device)
     return state
+
+
+def _load_perceptual(config: TrainConfig, device: torch.device) -> LPIPS | None:
+    """LPIPS where it has weight; a file that one rank cannot read fails all of them."""
+    perceptual, error = None, None
+    if config.loss.perceptual_weight > 0 and config.loss.perceptual_weights is not None:
+        try:
+            perceptual = load_perceptual(config.loss.perceptual_weights).to(device)
+        except WeightsError as raised:
+            error = raised
+    rankwise.raise_together(error)
+    return perceptual
 
 
 def _data_parallel(module: nn.Module, session: rankwise.Session) -> nn.Module:

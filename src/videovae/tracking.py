@@ -1,15 +1,20 @@
 """Where a run's numbers go: a JSON line per logged step, TensorBoard, and one progress line on the console."""
 
+import errno
+import itertools
 import json
+import math
 import os
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from jaxtyping import UInt8
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
@@ -21,44 +26,93 @@ logger = get_logger(__name__)
 class Tracker:
     """Writes what was measured at a step under the run folder. The main process has the only one.
 
-    A resumed run appends: where `metrics/rank-00000.jsonl` holds a step twice, the later line counts.
+    A resumed run appends: where `metrics/rank-00000.jsonl` holds a step twice, the later line counts. What cannot be
+    written (a full disk, say) is dropped, and the log says so once: training goes on, and the next checkpoint decides.
 
-    Raises:
-        OSError: the folder cannot be written (a full disk, say); from `log`, `clip` and `close`.
     Ranks: main process only.
     """
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
-        path = run_dir / "metrics" / "rank-00000.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lines = path.open("ab", buffering=0)
-        _end_last_line(path, self._lines.fileno())
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step or None)
+        self._failed = False
+        self._path = run_dir / "metrics" / "rank-00000.jsonl"
+        self._board: SummaryWriter | None = None
+        with self._tolerated():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if first_step == 0:
+                _set_aside(self._path)
+            _end_last_line(self._path)
+        with self._tolerated():
+            # Steps after the checkpoint are made again; a fresh run hides whatever an earlier one left.
+            purge_step = first_step + 1 if first_step else 0
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Keep the values of one step; names are like `generator/nll`."""
+        """Keep the values of one step; those that are no finite numbers are null in the file."""
         row = {"step": step, "time": time.time(), **values}
-        self._lines.write((json.dumps(row) + "\n").encode())
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        with self._tolerated():
+            append_line(self._path, json.dumps(finite, allow_nan=False))
+        with self._tolerated():
+            for name, value in values.items():
+                if self._board:
+                    self._board.add_scalar(name, value, step)
 
     def clip(self, step: int, name: str, frames: UInt8[Tensor, "t h w c"]) -> None:
         """Show one row of frames in TensorBoard."""
         sheet = frames.permute(1, 0, 2, 3).flatten(1, 2)
-        self._board.add_image(name, sheet, step, dataformats="HWC")
+        with self._tolerated():
+            if self._board:
+                self._board.add_image(name, sheet, step, dataformats="HWC")
 
     def close(self) -> None:
-        self._lines.close()
-        self._board.close()
+        with self._tolerated():
+            if self._board:
+                self._board.close()
+
+    @contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._board = None
+            if not self._failed:
+                logger.warning(f"metrics are no longer complete: {error}")
+            self._failed = True
 
 
-def _end_last_line(path: Path, descriptor: int) -> None:
+def append_line(path: Path, line: str) -> None:
+    """Add one line to a file, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; what was there is unchanged.
+    Ranks: local; no two ranks may write one path.
+    """
+    content = (line + "\n").encode()
+    with path.open("ab", buffering=0) as lines:
+        size = lines.tell()
+        try:
+            if lines.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            with suppress(OSError):
+                lines.truncate(size)
+            raise
+
+
+def _set_aside(path: Path) -> None:
+    """Keep the lines of an earlier run that left no checkpoint, but not among those of this one."""
+    if path.exists() and path.stat().st_size:
+        numbers = (number for number in itertools.count(1) if not path.with_suffix(f".jsonl.{number}").exists())
+        path.rename(path.with_suffix(f".jsonl.{next(numbers)}"))
+
+
+def _end_last_line(path: Path) -> None:
     """A killed run may have left half a line; what follows must not be glued to it."""
-    if path.stat().st_size:
-        with path.open("rb") as lines:
+    if path.exists() and path.stat().st_size:
+        with path.open("rb+") as lines:
             lines.seek(-1, os.SEEK_END)
             if lines.read() != b"\n":
-                os.write(descriptor, b"\n")
+                lines.write(b"\n")
 
 
 class ProgressLine:
@@ -72,14 +126,17 @@ class ProgressLine:
         self._recent = deque([(first_step, time.monotonic())], maxlen=20)
         self._bar: Progress | None = None
         if console.is_terminal:
+            # What has to be seen comes first; a narrow terminal cuts the losses.
+            losses = Column(ratio=1, no_wrap=True, overflow="ellipsis")
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[losses]}"),
-                TextColumn("{task.fields[speed]:.2f} clips/s  ETA"),
-                TimeRemainingColumn(),
+                BarColumn(bar_width=10),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[speed]:.1f} clips/s"),
+                TextColumn("{task.fields[losses]}", table_column=losses),
                 console=console,
+                expand=True,
             )
             self._task = self._bar.add_task("", total=num_steps, completed=first_step, losses="", speed=0.0)
             self._bar.start()

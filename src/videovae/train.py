@@ -1,6 +1,7 @@
 """`train(config)`: the training run, read top to bottom."""
 
 import json
+import math
 from contextlib import ExitStack, closing
 
 import torch
@@ -12,8 +13,10 @@ import rankwise
 from rankwise.checkpoint import CheckpointManager
 from rankwise.files import write_atomic
 from videovae.config import TrainConfig
+from videovae.data.index import check_failures, heldout_ranges
 from videovae.data.video import to_model_range
-from videovae.evaluate import evaluate, heldout_share, save_samples
+from videovae.errors import DataError, DivergedError, RunDirError
+from videovae.evaluate import Share, evaluate, heldout_share, save_samples
 from videovae.losses import (
     adaptive_weight,
     discriminator_loss,
@@ -22,7 +25,7 @@ from videovae.losses import (
     reconstruction_terms,
 )
 from videovae.optim import learning_rate, set_learning_rate
-from videovae.resume import resume
+from videovae.resume import choose_checkpoint, restore
 from videovae.state import TrainState, autocast, build_state, check_precision
 from videovae.tracking import ProgressLine, Tracker
 from videovae.videos import open_videos
@@ -42,7 +45,8 @@ def train(config: TrainConfig) -> int:
         The step that was reached; below `config.num_steps` where the run was asked to stop.
     Raises:
         ConfigError, DataError, WeightsError: the settings, the videos or the weights cannot be used.
-        CheckpointError: saving failed on some rank; earlier checkpoints are untouched.
+        RunDirError, CheckpointError: the run folder cannot be written; earlier checkpoints are untouched.
+        DivergedError: the losses are no numbers any more; earlier checkpoints are untouched.
         RankFailedError: another rank failed first.
     Ranks: every rank must call.
     """
@@ -53,18 +57,26 @@ def train(config: TrainConfig) -> int:
         rankwise.seed_all(config.seed, identity)
         rankwise.on_main_process(check_precision, config.precision, device)
 
-        # The main process looks at the folder, every rank gets the same videos; then the model on the device, DDP,
-        # and this rank's share of the clips.
-        videos, heldout_videos = open_videos(config)
-        state = build_state(config, session, videos)
+        # The main process looks at the folders, and every rank gets the same answer: where to go on, which videos.
+        origin = rankwise.on_main_process(choose_checkpoint, config)
+        opened = open_videos(config, session, origin.heldout if origin else None)
+        if opened is None:
+            logger.info("stopped before the first step", ranks="main")
+            return origin.step if origin else 0
+        videos, heldout_videos = opened
+
+        # The model on the device, DDP, this rank's share of the clips; then the checkpoint over all of it.
+        state = build_state(config, session, videos, heldout_ranges(heldout_videos))
         stack.enter_context(closing(state.loader))
         heldout = heldout_share(heldout_videos, config, identity)
-
-        # The newest checkpoint, if this run has one.
         checkpoints = CheckpointManager(config.run_dir / "checkpoints")
-        saved_step = resume(config, state, checkpoints)
-        if is_main:
-            write_atomic(config.run_dir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+        if origin is not None:
+            restore(origin, state, config)
+            if state.step >= config.num_steps:
+                logger.info(f"step {config.num_steps} is reached already: nothing to train", ranks="main")
+        saved_step = state.step if origin and origin.is_own else None
+        rankwise.on_main_process(write_config, config)
+        reported = set(state.loader.failures)
         num_clips = config.clips.batch_size * identity.world_size
         if is_main:
             tracker = stack.enter_context(closing(Tracker(config.run_dir, state.step)))
@@ -86,18 +98,18 @@ def train(config: TrainConfig) -> int:
         def save() -> None:
             """Every rank writes its part; the checkpoint appears when all have."""
             nonlocal saved_step
+            share_losses(state, config)
             checkpoints.save(state.step, state.items(config))
             saved_step = state.step
             logger.info(f"step {state.step}: saved {checkpoints.path(state.step)}", ranks="main")
             if is_main:
                 progress.skip_pause()
 
-        if state.step == 0:
+        stopped = session.agree_to_stop()
+        if state.step == 0 and not stopped:
             measure_quality()
-        while state.step < config.num_steps and not session.agree_to_stop():
+        while state.step < config.num_steps and not (stopped := session.agree_to_stop()):
             batch = next(state.loader)
-            for name, reason in batch.failures:
-                logger.warning(f"skipped {name}: {reason}", once=True)
             x = to_model_range(batch.video.to(device, non_blocking=True))
             if is_discriminator_step(state.step, config.loss.disc_start):
                 discriminator_step(x, state, config)
@@ -108,9 +120,11 @@ def train(config: TrainConfig) -> int:
                 clips_per_second = progress.advance(state.step, num_clips)
 
             if _due(state.step, config.log_every, config.num_steps):
-                losses = rankwise.reduce_mean({name: value.item() for name, value in state.losses.items()})
+                losses = share_losses(state, config)
+                num_skipped = share_failures(state, reported, len(videos), config)
                 if is_main:
-                    tracker.log(state.step, losses | {"clips_per_second": clips_per_second})
+                    speed = {"clips_per_second": clips_per_second, "skipped_videos": num_skipped}
+                    tracker.log(state.step, losses | speed)
                     shown = {name: losses[name] for name in ON_CONSOLE if name in losses}
                     progress.show(state.step, shown, clips_per_second, num_clips)
             if _due(state.step, config.eval_every, config.num_steps):
@@ -118,14 +132,80 @@ def train(config: TrainConfig) -> int:
             if _due(state.step, config.save_every, config.num_steps):
                 save()
 
-        if saved_step != state.step:
+        if saved_step != state.step and not (stopped and state.step == 0):
             save()
         if state.step < config.num_steps:
             logger.info(f"stopped at step {state.step}; the same command goes on from here", ranks="main")
         elif is_main and heldout:
-            video, sheet = save_samples(state, heldout, config, device)
-            logger.info(f"wrote {video} and {sheet}")
+            write_samples(state, heldout, config, device)
         return state.step
+
+
+def share_losses(state: TrainState, config: TrainConfig) -> dict[str, float]:
+    """The newest losses, averaged over the ranks.
+
+    Raises:
+        DivergedError: one of them is no number, on every rank. (In float16 single steps may overflow.)
+    Ranks: every rank must call.
+    """
+    losses = rankwise.reduce_mean({name: value.item() for name, value in state.losses.items()})
+    broken = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
+    if broken and config.precision != "fp16":
+        error = DivergedError(
+            f"the run diverged: at step {state.step} {', '.join(broken)}. Go on from the newest checkpoint in a new "
+            "--run-dir with a lower optimizer.learning_rate, or with optimizer.max_grad_norm."
+        )
+        error.on_every_rank = True
+        raise error
+    return losses
+
+
+def share_failures(state: TrainState, reported: set[str], num_videos: int, config: TrainConfig) -> int:
+    """Name videos that any rank could not decode, once in the whole job.
+
+    Returns:
+        How many there are so far.
+    Raises:
+        DataError: more than `clips.max_failed_fraction` of the videos, on every rank.
+    Ranks: every rank must call.
+    """
+    for failures in rankwise.gather_objects(state.loader.failures):
+        state.loader.failures.update(failures)
+    failed = sorted(state.loader.failures.items())
+    for name, reason in failed:
+        if name not in reported:
+            logger.warning(f"skipped {name}: {reason}", ranks="main")
+    reported.update(state.loader.failures)
+    rankwise.on_main_process(check_failures, failed, num_videos, config.clips.max_failed_fraction)
+    return len(failed)
+
+
+def write_config(config: TrainConfig) -> None:
+    """Keep the resolved config in the run folder.
+
+    Raises:
+        RunDirError: it cannot be written.
+    Ranks: main process only.
+    """
+    path = config.run_dir / "config.json"
+    try:
+        write_atomic(path, json.dumps(config.to_dict(), indent=2) + "\n")
+    except OSError as error:
+        raise RunDirError(
+            f"{path} cannot be written ({error.strerror}). Make room, or give another --run-dir."
+        ) from error
+
+
+def write_samples(state: TrainState, heldout: Share, config: TrainConfig, device: torch.device) -> None:
+    """Show what the finished run can do; it is finished and saved, whatever becomes of this.
+
+    Ranks: main process only.
+    """
+    try:
+        video, sheet = save_samples(state, heldout, config, device)
+        logger.info(f"wrote {video} and {sheet}")
+    except (DataError, OSError) as error:
+        logger.warning(f"no samples were written: {error}")
 
 
 def generator_step(x: Float[Tensor, "b c t h w"], state: TrainState, config: TrainConfig) -> None:

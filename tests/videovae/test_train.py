@@ -17,11 +17,14 @@ import rankwise
 from rankwise.checkpoint import CheckpointManager
 from rankwise.testing import on_ranks, run_on_ranks
 from videovae.config import TrainConfig
+from videovae.data.index import heldout_ranges
+from videovae.data.synthetic import make_clips
 from videovae.data.video import probe
-from videovae.errors import ConfigError, DataError
+from videovae.errors import ConfigError, DataError, DivergedError
 from videovae.losses import is_discriminator_step
+from videovae.optim import OptimizerConfig
 from videovae.state import TrainState, build_state
-from videovae.train import discriminator_step, generator_step, last_layer_gradients, train
+from videovae.train import discriminator_step, generator_step, last_layer_gradients, train, write_config
 from videovae.videos import open_videos
 
 NETWORKS = ("vae", "discriminator", "ema")
@@ -147,6 +150,78 @@ def test_run_directory_holds_what_its_contract_says(tiny: TrainConfig) -> None:
     assert (run_dir / "logs" / "rank-00000.jsonl").read_text().count("\n") > 3
 
 
+def test_a_run_that_diverges_ends_before_it_saves(tiny: TrainConfig) -> None:
+    config = replace(tiny, log_every=1, optimizer=OptimizerConfig(learning_rate=1e30))
+    with pytest.raises(DivergedError, match=r"at step \d+ .*(nan|inf)"):
+        train(config)
+    assert CheckpointManager(config.run_dir / "checkpoints").steps() == []
+
+
+def test_a_run_without_checkpoint_does_not_mix_with_the_next_in_its_folder(tiny: TrainConfig) -> None:
+    metrics_dir = tiny.run_dir / "metrics"
+    metrics_dir.mkdir(parents=True)
+    (metrics_dir / "rank-00000.jsonl").write_text('{"step": 7, "time": 0}\n')
+    train(replace(tiny, num_steps=1))
+    assert 7 not in metrics(tiny.run_dir)
+    assert '"step": 7' in (metrics_dir / "rank-00000.jsonl.1").read_text()
+
+
+def test_tensorboard_holds_every_step_after_a_resume(tiny: TrainConfig) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = replace(tiny, log_every=1, eval_every=2, save_every=2)
+    train(replace(config, num_steps=4))
+    train(replace(config, num_steps=6))
+    events = EventAccumulator(str(config.run_dir / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("nll")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("heldout/psnr_db")] == [0, 2, 4, 6]
+
+
+def test_what_is_held_out_stays_held_out_when_videos_are_added(tiny: TrainConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "growing"
+    make_clips(folder, num_clips=4, num_frames=12, height=32, width=40)
+    config = replace(tiny, data=folder, num_steps=2, save_every=2)
+    train(config)
+    checkpoints = CheckpointManager(config.run_dir / "checkpoints")
+    for number in range(8):
+        (folder / f"more-{number}.mp4").write_bytes((folder / "clip-00000.mp4").read_bytes())
+    train(replace(config, num_steps=4))
+    assert checkpoints.read("heldout", 4) == checkpoints.read("heldout", 2)
+    assert len(checkpoints.read("heldout", 4)) == 1
+
+
+@on_ranks(2)
+def test_a_video_that_breaks_later_is_named_once_in_the_whole_job(
+    tiny: TrainConfig, tmp_path: Path, clips_dir: Path
+) -> None:
+    folder = tmp_path / "mixed"
+    if dist.get_rank() == 0:
+        folder.mkdir()
+        for path in sorted(clips_dir.glob("*.mp4")):
+            (folder / path.name).write_bytes(path.read_bytes())
+    dist.barrier()
+
+    def break_a_video(config: TrainConfig) -> None:
+        write_config(config)
+        heldout = {name for name, _, _ in CheckpointManager(config.run_dir / "checkpoints").read("heldout")}
+        victim = next(path for path in sorted(folder.glob("*.mp4")) if path.name not in heldout)
+        victim.write_bytes(victim.read_bytes()[:600])
+
+    config = replace(tiny, data=folder, num_steps=1)
+    train(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("videovae.train.write_config", break_a_video)
+        train(replace(config, num_steps=16, log_every=2))
+    if dist.get_rank() == 0:
+        logs = [path.read_text() for path in (tiny.run_dir / "logs").glob("*.jsonl")]
+        assert len(logs) == 2
+        assert sum(log.count('"skipped clip-') for log in logs) == 1
+        rows = [json.loads(line) for line in (tiny.run_dir / "metrics" / "rank-00000.jsonl").read_text().splitlines()]
+        assert [row["skipped_videos"] for row in rows if row["step"] == 16 and "nll" in row] == [1]
+        assert [row["skipped_videos"] for row in rows if row["step"] == 1 and "nll" in row] == [0]
+
+
 def test_without_held_out_clips_there_is_no_evaluation_and_no_sample(tiny: TrainConfig) -> None:
     config = replace(tiny, num_steps=2, clips=replace(tiny.clips, num_heldout_clips=0))
     assert train(config) == 2
@@ -202,9 +277,10 @@ def test_resume_from_another_run_goes_on_in_a_new_folder(tiny: TrainConfig, tmp_
     assert train(branch) == 8
     assert_same_end(tiny.run_dir, branch.run_dir, 8)
     assert CheckpointManager(branch.run_dir / "checkpoints").steps() == [8]
-    # Started again in the same way it goes on from its own, instead of mixing two runs.
+    # Started again with the same words, by a scheduler say, it goes on from its own checkpoint.
+    assert train(replace(branch, num_steps=10)) == 10
     with pytest.raises(ConfigError, match="would mix two runs"):
-        train(branch)
+        train(replace(tiny, num_steps=12, resume=str(branch.run_dir)))
 
 
 def test_never_resuming_refuses_a_run_that_has_a_checkpoint(tiny: TrainConfig) -> None:
@@ -262,7 +338,9 @@ def test_unusable_videos_are_skipped_and_named_once(
 
 
 def started(config: TrainConfig, session: rankwise.Session) -> TrainState:
-    return build_state(config, session, open_videos(config)[0])
+    opened = open_videos(config, session)
+    assert opened is not None
+    return build_state(config, session, opened[0], heldout_ranges(opened[1]))
 
 
 @on_ranks(2)

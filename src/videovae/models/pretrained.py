@@ -26,9 +26,9 @@ def load(directory: str | PathLike[str]) -> WFVAEModel:
     config = read_config(directory)
     model_class = MODELS.get(str(config.get("_class_name")))
     if model_class is None:
-        raise WeightsError(
-            f"{Path(directory)} holds a {config.get('_class_name')!r}; known models are {sorted(MODELS)}."
-        )
+        found = config.get("_class_name")
+        hint = "" if found else " A run folder has to be exported first: `videovae export`."
+        raise WeightsError(f"{Path(directory)} holds a {found!r}; known models are {sorted(MODELS)}.{hint}")
     try:
         with torch.device("meta"):  # no time and no random numbers for weights that are replaced at once
             model = model_class.from_config(config)
