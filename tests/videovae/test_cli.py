@@ -98,7 +98,8 @@ def test_a_signal_before_the_first_step_is_no_failure(seconds: float, clips_dir:
         job.wait(seconds)
     job.terminate()
     _, log = job.communicate(timeout=60)
-    assert job.returncode == (0 if seconds > 0.3 else job.returncode), log
+    # Python itself takes some tenths of a second, in which nobody can answer; more of them on a busy machine.
+    assert job.returncode in ((0, -signal.SIGTERM) if seconds < 2 else (0,)), log
     assert "Traceback" not in log
 
 
@@ -309,3 +310,10 @@ def test_every_field_of_the_config_is_an_option(capsys: pytest.CaptureFixture[st
     printed = capsys.readouterr().out
     for option in ("--num-steps", "--model.base-channels", "--loss.disc-start", "--optimizer.betas", "--clips.height"):
         assert option in printed
+
+
+def test_without_the_extra_the_command_says_what_to_install() -> None:
+    code = "import sys; sys.modules['tyro'] = None; from videovae.__main__ import main; sys.exit(main())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == "error: videovae needs tyro: pip install 'rankwise[videovae]'\n"
