@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         RankFailedError,
         RankFailure,
         RankwiseError,
+        StoppedError,
     )
     from rankwise.files import fsync_directory, write_atomic
     from rankwise.identity import Identity
@@ -56,6 +57,7 @@ _HOMES = {
     "RankwiseError": "errors",
     "RngState": "seed",
     "Session": "session",
+    "StoppedError": "errors",
     "agree": "collectives",
     "barrier": "collectives",
     "broadcast_object": "collectives",
@@ -90,6 +92,7 @@ __all__ = [
     "RankwiseError",
     "RngState",
     "Session",
+    "StoppedError",
     "__version__",
     "agree",
     "barrier",

@@ -3,6 +3,7 @@
 RankwiseError                       root of everything that rankwise raises on purpose
 +-- LaunchError (ValueError)        the environment contradicts itself
 +-- DeviceError                     no device for this rank
++-- StoppedError                    asked to stop before all ranks had started
 +-- RankFailedError                 one or more ranks failed inside something done together
 +-- CheckpointError                 a checkpoint could not be saved or loaded
     +-- CheckpointNotFoundError     there is no such step or item
@@ -29,6 +30,10 @@ class LaunchError(RankwiseError, ValueError):
 
 class DeviceError(RankwiseError):
     """There is no device for this rank."""
+
+
+class StoppedError(RankwiseError):
+    """This rank was asked to stop before all ranks had started: nothing was done that could be lost."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_
 from torch.distributed.rendezvous import rendezvous
 
 from rankwise import collectives, logs
-from rankwise.errors import LaunchError, RankFailedError, RankFailure, RankwiseError
+from rankwise.errors import LaunchError, RankFailedError, RankFailure, RankwiseError, StoppedError
 from rankwise.identity import Identity
 
 CLOSE_SECONDS = 10.0
@@ -158,7 +158,8 @@ class Connection:
             seconds = timeout.total_seconds()
             if not _wait(lambda: store.check(["all_started"]), seconds, self._stop_requested):
                 when = "when this one was asked to stop" if self._stop_requested() else f"within {seconds:g} s"
-                raise RankwiseError(
+                kind = StoppedError if self._stop_requested() else RankwiseError
+                raise kind(
                     f"{store.add('num_started', 0)} of {world_size} ranks started {when}. "
                     "See the output of the others, or give more time (timeout_seconds)."
                 )
@@ -270,7 +271,7 @@ def _rendezvous(identity: Identity, timeout: timedelta, stop_requested: Callable
     told = f"rank {identity.rank} of {identity.world_size} did not find the others at "
     told += f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     if not _wait(found.done, math.inf, stop_requested):
-        raise RankwiseError(f"{told} before it was asked to stop.")
+        raise StoppedError(f"{told} before it was asked to stop.")
     try:
         _rendezvous_store = found.result()
     except dist.DistError as error:

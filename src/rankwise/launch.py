@@ -94,7 +94,9 @@ class _StopSignals:
         self._messenger = threading.Thread(target=self._deliver, name="rankwise-stop", daemon=True)
 
     def __enter__(self) -> "_StopSignals":
-        self._previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        # Signals that the launcher was started to ignore, as behind nohup, stay ignored.
+        wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._receive) for number in wanted}
         return self
 
     def __exit__(self, *exception: object) -> None:

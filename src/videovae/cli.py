@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import io
 import os
 import signal
@@ -29,6 +30,7 @@ export        a trained model as a folder in the layout of diffusers
 
 `videovae COMMAND --help` lists the options of each."""
 
+STOPPED_EARLY = "stopped before the first step"
 DESCRIPTION = (
     "Train a causal video VAE. --preset {presets} (here: {preset}) gives the defaults below; --nproc N starts N ranks "
     "on this node (default: all accelerators, or 2 on a CPU; for more nodes use torchrun)."
@@ -63,9 +65,14 @@ def _is_said_here(error: RankwiseError | OSError) -> bool:
     """Whether this rank has to tell of an error, so that a console shows it once."""
     if not isinstance(error, RankwiseError):
         return True
-    identity = rankwise.Identity.resolve(os.environ)
+    try:
+        identity = rankwise.Identity.resolve(os.environ)
+    except rankwise.LaunchError:
+        return True
     if error.on_every_rank:
         return identity.is_main_process
+    if isinstance(error, rankwise.LaunchError):
+        return identity.is_local_main_process  # nodes may differ in it
     if isinstance(error, rankwise.RankFailedError):
         # That rank has told it itself; another node may have another console.
         return identity.is_local_main_process and error.failures[0].host != socket.gethostname()
@@ -82,33 +89,39 @@ def train_command(arguments: Sequence[str]) -> int:
         _check_before_launch(config)
         if num_processes is None:
             num_processes = _default_processes()
-        if num_processes == 1:
-            return _train(config)
-        from rankwise.launch import launch
+        importlib.import_module("videovae.train" if num_processes == 1 else "rankwise.launch")
+    if num_processes == 1:
+        return _train(config)
+    from rankwise.launch import launch
 
-        # A rank that trains answers SIGTERM by saving. One that is killed by it was still starting: nothing is lost.
-        command = ["--nproc-per-node", str(num_processes), "-m", "videovae", "train", *arguments]
-        return launch(command, stopped_status=0)
+    # A rank that trains answers SIGTERM by saving. One that is killed by it was still starting: nothing is lost.
+    return launch(["--nproc-per-node", str(num_processes), "-m", "videovae", "train", *arguments], stopped_status=0)
 
 
 def _train_as_rank(arguments: Sequence[str], identity: rankwise.Identity) -> int:
     try:
         config, num_processes = _parse(arguments)
-        if num_processes not in (None, identity.local_world_size):
-            raise rankwise.LaunchError(
-                f"--nproc is {num_processes}, but {identity.launcher} has started {identity.local_world_size} "
-                "processes on this node. Leave --nproc away under a launcher."
-            )
     except RankwiseError as error:
         error.on_every_rank = True  # every rank has the same words
         raise
+    if num_processes not in (None, identity.local_world_size):
+        raise rankwise.LaunchError(
+            f"--nproc is {num_processes}, but {identity.launcher} has started {identity.local_world_size} processes on "
+            "this node. Leave --nproc away under a launcher."
+        )
     return _train(config)
 
 
 def _train(config: "TrainConfig") -> int:
     from videovae.train import train
 
-    train(config)
+    try:
+        train(config)
+    except rankwise.StoppedError:
+        print(STOPPED_EARLY, file=sys.stderr)
+    except rankwise.RankFailedError as error:
+        if error.failures[0].error_type != rankwise.StoppedError.__name__:
+            raise
     return 0
 
 
@@ -116,16 +129,25 @@ def _train(config: "TrainConfig") -> int:
 def _stopping_early() -> Iterator[None]:
     """Stop signals end in status 0 until the ranks or the session answer them: importing torch takes seconds."""
 
+    asked = False
+
     def stop(number: int, frame: FrameType | None) -> None:
-        print("stopped before the first step", file=sys.stderr)
+        nonlocal asked
+        asked = True
         raise SystemExit(0)
 
-    before = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGINT)}
+    # Signals that this process was started to ignore, as behind nohup, stay ignored.
+    wanted = [each for each in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {each: signal.signal(each, stop) for each in wanted}
     try:
         yield
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+        if asked:
+            print(STOPPED_EARLY, file=sys.stderr)
+    if asked:  # the exception was lost in code that may not raise, such as a finalizer amid the imports
+        raise SystemExit(0)
 
 
 def _parse(arguments: Sequence[str]) -> tuple["TrainConfig", int | None]:

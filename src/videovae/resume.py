@@ -62,7 +62,7 @@ def restore(origin: Origin, state: TrainState, config: TrainConfig) -> None:
     checkpoints = CheckpointManager(origin.directory)
     checkpoints.load(state.items(config), origin.step)
     state.step = origin.step
-    state.origin = checkpoints.read("origin", origin.step) if origin.is_own else str(origin.directory.resolve())
+    state.origin = checkpoints.read("origin", origin.step) if origin.is_own else _name(origin.directory, origin.step)
     logger.info(f"going on from {checkpoints.path(origin.step)}", ranks="main")
     if state.loader.videos_changed:
         logger.warning(
@@ -91,6 +91,10 @@ def find_checkpoint(path: Path) -> tuple[Path, int]:
     raise ConfigError(f"{path} {seen}. Give a run folder, or one of its checkpoints/step-... folders.")
 
 
+def _name(directory: Path, step: int) -> str:
+    return str(CheckpointManager(directory.resolve()).path(step))
+
+
 def _own(config: TrainConfig) -> Path:
     return config.run_dir / "checkpoints"
 
@@ -114,8 +118,12 @@ def _find(config: TrainConfig) -> tuple[Path, int] | None:
     if directory.resolve() == own.resolve():
         if step == newest:
             return own, step
-    elif CheckpointManager(own).read("origin", newest) == str(directory.resolve()):
-        return own, newest  # started from there before, and come further since
+    else:
+        # Started from there before, and come further since? A run folder is the same origin though it may have grown.
+        origin = CheckpointManager(own).read("origin", newest)
+        is_run = not re.fullmatch(r"step-\d+", Path(config.resume).name)
+        if origin == _name(directory, step) or (is_run and Path(origin).parent == directory.resolve()):
+            return own, newest
     raise ConfigError(
         f"{config.run_dir} already holds a checkpoint of step {newest}; starting there from step {step} of {directory} "
         "would mix two runs. Give another --run-dir."

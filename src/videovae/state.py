@@ -54,8 +54,8 @@ class TrainState:
     """Networks, optimizers, data position and random streams of a run on this rank.
 
     `vae` and `discriminator` are the bare networks; the `parallel_` ones reduce gradients in their backward pass
-    (the same objects where there is one process). `heldout` is what is never trained on, `origin` the folder of
-    checkpoints that the run branched off, if any.
+    (the same objects where there is one process). `heldout` is what is never trained on, `origin` the
+    checkpoint that the run branched off, if any.
     """
 
     vae: WFVAEModel

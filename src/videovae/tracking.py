@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,9 @@ class Tracker:
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
         self._failed = False
+        # TensorBoard writes in a thread of its own; what fails there would end in a traceback on the console.
+        self._thread_hook = threading.excepthook
+        threading.excepthook = self._thread_failed
         self._path = run_dir / "metrics" / "rank-00000.jsonl"
         self._board: SummaryWriter | None = None
         with self._tolerated():
@@ -52,32 +56,50 @@ class Tracker:
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
         with self._tolerated():
             append_line(self._path, json.dumps(finite, allow_nan=False))
-        with self._tolerated():
+        with self._tolerated(), self._board_or_none() as board:
             for name, value in values.items():
-                if self._board:
-                    self._board.add_scalar(name, value, step)
+                if board:
+                    board.add_scalar(name, value, step)
 
     def clip(self, step: int, name: str, frames: UInt8[Tensor, "t h w c"]) -> None:
         """Show one row of frames in TensorBoard."""
         sheet = frames.permute(1, 0, 2, 3).flatten(1, 2)
-        with self._tolerated():
-            if self._board:
-                self._board.add_image(name, sheet, step, dataformats="HWC")
+        with self._tolerated(), self._board_or_none() as board:
+            if board:
+                board.add_image(name, sheet, step, dataformats="HWC")
 
     def close(self) -> None:
         with self._tolerated():
             if self._board:
                 self._board.close()
+        threading.excepthook = self._thread_hook
+
+    def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
+        if isinstance(args.exc_value, OSError):
+            self._warn(args.exc_value)
+        else:
+            self._thread_hook(args)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._failed:
+            logger.warning(f"metrics are no longer complete: {error}")
+        self._failed = True
+
+    @contextmanager
+    def _board_or_none(self) -> Iterator[SummaryWriter | None]:
+        """TensorBoard's writer; once its thread has failed it fails for good, and is given up."""
+        try:
+            yield self._board
+        except OSError:
+            self._board = None
+            raise
 
     @contextmanager
     def _tolerated(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            self._board = None
-            if not self._failed:
-                logger.warning(f"metrics are no longer complete: {error}")
-            self._failed = True
+            self._warn(error)
 
 
 def append_line(path: Path, line: str) -> None:

@@ -66,7 +66,8 @@ def train(config: TrainConfig) -> int:
         videos, heldout_videos = opened
 
         # The model on the device, DDP, this rank's share of the clips; then the checkpoint over all of it.
-        state = build_state(config, session, videos, heldout_ranges(heldout_videos))
+        kept_out = origin.heldout if origin else heldout_ranges(heldout_videos)
+        state = build_state(config, session, videos, kept_out)
         stack.enter_context(closing(state.loader))
         heldout = heldout_share(heldout_videos, config, identity)
         checkpoints = CheckpointManager(config.run_dir / "checkpoints")
@@ -152,8 +153,8 @@ def share_losses(state: TrainState, config: TrainConfig) -> dict[str, float]:
     broken = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
     if broken and config.precision != "fp16":
         error = DivergedError(
-            f"the run diverged: at step {state.step} {', '.join(broken)}. Go on from the newest checkpoint in a new "
-            "--run-dir with a lower optimizer.learning_rate, or with optimizer.max_grad_norm."
+            f"the run diverged: at step {state.step} {', '.join(broken)}. Start afresh in a "
+            "new --run-dir, with a lower optimizer.learning_rate or with optimizer.max_grad_norm."
         )
         error.on_every_rank = True
         raise error

@@ -9,6 +9,7 @@ from videovae.config import TrainConfig
 from videovae.data.index import HeldoutRange, VideoEntry, VideoIndex, check_failures, split, usable
 from videovae.data.index_builder import IndexBuilder
 from videovae.data.synthetic import make_clips
+from videovae.errors import DataError
 
 NUM_NAMED = 5
 SLICE_SECONDS = 5.0
@@ -30,8 +31,8 @@ def open_videos(
     Args:
         heldout: what this run held out before, of its checkpoint; stays held out.
     Returns:
-        None where a rank was asked to stop before the folder was known; what is known by then is kept for the next
-        start.
+        None where a rank was asked to stop before the folder was known; most of what is known by then is kept for the
+        next start.
     Raises:
         DataError: there is no folder, no video in it, or more of them fail than `clips.max_failed_fraction` admits.
     Ranks: every rank must call.
@@ -68,4 +69,9 @@ def _choose(index: VideoIndex, config: TrainConfig, heldout: Sequence[HeldoutRan
         logger.warning(f"skipped {len(skipped)} of {len(index.entries)} videos ({named}{more})")
     for name, reason in skipped[NUM_NAMED:]:
         logger.info(f"skipped {name}: {reason}", extra=FILE_ONLY)
-    return split(videos, config.clips.num_heldout_clips, min_frames=num_spanned, previous=heldout)
+    train, kept_out = split(videos, config.clips.num_heldout_clips, min_frames=num_spanned, previous=heldout)
+    if not train:
+        raise DataError(
+            "every video that can be used is held out; there is none to train on. Add videos to the folder."
+        )
+    return train, kept_out

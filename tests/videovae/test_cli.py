@@ -103,6 +103,46 @@ def test_a_signal_before_the_first_step_is_no_failure(seconds: float, clips_dir:
     assert "Traceback" not in log
 
 
+def test_a_signal_while_one_rank_is_still_importing_is_no_failure(clips_dir: Path, tmp_path: Path) -> None:
+    late = "import os, time\nif os.environ.get('RANK') == '1':\n    time.sleep(6)\n"
+    (tmp_path / "sitecustomize.py").write_text(late)
+    run_dir = tmp_path / "run"
+    arguments = ["train", *TINY, "--data", str(clips_dir), "--nproc", "2", "--run-dir", str(run_dir)]
+    job = subprocess.Popen(
+        [*VIDEOVAE, *arguments], stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)}
+    )
+    assert wait_for((run_dir / "logs" / "rank-00000.jsonl").exists)
+    job.terminate()
+    _, log = job.communicate(timeout=60)
+    assert job.returncode == 0, log
+    assert "Traceback" not in log
+
+
+def test_a_hangup_behind_nohup_is_ignored(clips_dir: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = ["train", *TINY, "--data", str(clips_dir), "--nproc", "2", "--run-dir", str(run_dir)]
+    job = subprocess.Popen(
+        ["nohup", *VIDEOVAE, *arguments, "--num-steps", "12"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    assert wait_for((run_dir / "logs" / "rank-00000.jsonl").exists)
+    job.send_signal(signal.SIGHUP)
+    _, log = job.communicate(timeout=60)
+    assert job.returncode == 0, log
+    assert steps(run_dir)[-1] == 12
+
+
+def test_an_environment_that_contradicts_itself_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": "5", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train"]) == 2
+    assert "RANK=5 WORLD_SIZE=2" in capsys.readouterr().err
+
+
 @pytest.fixture
 def killed(clips_dir: Path, tmp_path: Path) -> Path:
     """A run whose launcher was killed by SIGKILL amid its steps; all of its processes end within five seconds."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from videovae.tracking import ProgressLine, Tracker, append_line
 
@@ -42,6 +43,23 @@ def test_metrics_that_cannot_be_written_are_a_warning(tmp_path: Path, caplog: py
     tracker.log(2, {"nll": 1.0})
     tracker.close()
     assert len([record for record in caplog.records if "no longer complete" in record.getMessage()]) == 1
+
+
+def test_lines_that_can_be_written_again_are_and_tensorboard_goes_on(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, 0)
+    tracker.log(1, {"nll": 1.0})
+    path = tmp_path / "metrics" / "rank-00000.jsonl"
+    path.rename(tmp_path / "kept")
+    path.mkdir()
+    tracker.log(2, {"nll": 1.0})
+    path.rmdir()
+    (tmp_path / "kept").rename(path)
+    tracker.log(3, {"nll": 1.0})
+    tracker.close()
+    assert [row["step"] for row in rows(tmp_path)] == [1, 3]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("nll")] == [1, 2, 3]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

@@ -189,6 +189,11 @@ def test_what_is_held_out_stays_held_out_when_videos_are_added(tiny: TrainConfig
     train(replace(config, num_steps=4))
     assert checkpoints.read("heldout", 4) == checkpoints.read("heldout", 2)
     assert len(checkpoints.read("heldout", 4)) == 1
+    # Not even a video that was away for a while is forgotten.
+    away = folder / checkpoints.read("heldout", 4)[0][0]
+    away.rename(tmp_path / away.name)
+    train(replace(config, num_steps=6))
+    assert checkpoints.read("heldout", 6) == checkpoints.read("heldout", 2)
 
 
 @on_ranks(2)
@@ -281,6 +286,8 @@ def test_resume_from_another_run_goes_on_in_a_new_folder(tiny: TrainConfig, tmp_
     assert train(replace(branch, num_steps=10)) == 10
     with pytest.raises(ConfigError, match="would mix two runs"):
         train(replace(tiny, num_steps=12, resume=str(branch.run_dir)))
+    with pytest.raises(ConfigError, match="would mix two runs"):
+        train(replace(branch, num_steps=12, resume=str(tiny.run_dir / "checkpoints" / "step-00000008")))
 
 
 def test_never_resuming_refuses_a_run_that_has_a_checkpoint(tiny: TrainConfig) -> None:
