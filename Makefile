@@ -33,8 +33,8 @@ check: $(STAMP)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
 
 format: $(STAMP)
-	$(BIN)/ruff check --fix-only --quiet src tests
-	$(BIN)/ruff format --quiet src tests
+	$(BIN)/ruff check --fix-only --quiet src tests examples benchmarks
+	$(BIN)/ruff format --quiet src tests examples benchmarks
 
 clean:
 	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

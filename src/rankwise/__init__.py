@@ -15,12 +15,15 @@ if TYPE_CHECKING:
         barrier,
         broadcast_object,
         gather_objects,
+        gather_rows,
+        local_main_process_first,
         main_process_first,
+        on_local_main_process,
         on_main_process,
         raise_together,
         reduce_mean,
     )
-    from rankwise.device import select_device
+    from rankwise.device import device_uuid, select_device
     from rankwise.errors import (
         CheckpointCorruptError,
         CheckpointError,
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
         CheckpointNotFoundError,
         DeviceError,
         LaunchError,
+        MissingRanksError,
         RankFailedError,
         RankFailure,
         RankwiseError,
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from rankwise.parent import end_with_parent
     from rankwise.seed import RngState, same_on_every_rank, seed_all
     from rankwise.session import Session, init
+    from rankwise.threads import bind_cpus, loader_workers, threads_per_process
 
     __version__: str
 
@@ -51,6 +56,7 @@ _HOMES = {
     "DeviceError": "errors",
     "Identity": "identity",
     "LaunchError": "errors",
+    "MissingRanksError": "errors",
     "PerRank": "checkpoint",
     "RankFailedError": "errors",
     "RankFailure": "errors",
@@ -60,20 +66,27 @@ _HOMES = {
     "StoppedError": "errors",
     "agree": "collectives",
     "barrier": "collectives",
+    "bind_cpus": "threads",
     "broadcast_object": "collectives",
     "console": "logs",
+    "device_uuid": "device",
     "end_with_parent": "parent",
     "fsync_directory": "files",
     "gather_objects": "collectives",
+    "gather_rows": "collectives",
     "get_logger": "logs",
     "init": "session",
+    "loader_workers": "threads",
+    "local_main_process_first": "collectives",
     "main_process_first": "collectives",
+    "on_local_main_process": "collectives",
     "on_main_process": "collectives",
     "raise_together": "collectives",
     "reduce_mean": "collectives",
     "same_on_every_rank": "seed",
     "seed_all": "seed",
     "select_device": "device",
+    "threads_per_process": "threads",
     "write_atomic": "files",
 }
 
@@ -86,6 +99,7 @@ __all__ = [
     "DeviceError",
     "Identity",
     "LaunchError",
+    "MissingRanksError",
     "PerRank",
     "RankFailedError",
     "RankFailure",
@@ -96,20 +110,27 @@ __all__ = [
     "__version__",
     "agree",
     "barrier",
+    "bind_cpus",
     "broadcast_object",
     "console",
+    "device_uuid",
     "end_with_parent",
     "fsync_directory",
     "gather_objects",
+    "gather_rows",
     "get_logger",
     "init",
+    "loader_workers",
+    "local_main_process_first",
     "main_process_first",
+    "on_local_main_process",
     "on_main_process",
     "raise_together",
     "reduce_mean",
     "same_on_every_rank",
     "seed_all",
     "select_device",
+    "threads_per_process",
     "write_atomic",
 ]
 

@@ -1,17 +1,23 @@
-"""The `rankwise` command. Verbs: `run`."""
+"""The `rankwise` command: `run`, `whoami`, `doctor`, `env`."""
 
+import importlib
 import sys
 from collections.abc import Sequence
 
 from rankwise import __version__
 
-USAGE = """usage: rankwise run [torchrun options] SCRIPT [ARGUMENT ...]
-       rankwise run [torchrun options] -m MODULE [ARGUMENT ...]
-       rankwise --version
+USAGE = """usage: rankwise VERB ...
 
-run   start a script on several processes of this node (or, with torchrun's --nnodes and --rdzv options, of several):
-      torchrun's own launcher, which here passes SIGTERM on to the ranks, waits for them and returns their status.
-      `rankwise run --help` lists torchrun's options."""
+run      start a script on several processes of this node (or, with torchrun's --nnodes and --rdzv options, of several):
+         torchrun's own launcher, which here passes SIGTERM on to the ranks, waits for them, and says at the end which
+         rank failed first and why.  rankwise run [torchrun options] SCRIPT [ARGUMENT ...] | -m MODULE [ARGUMENT ...]
+whoami   what this process is, and which variable says so; run it under your launcher:  srun rankwise whoami
+doctor   look for trouble before the job starts, on all ranks together:  srun rankwise doctor
+env      print a ready job file for a command:  rankwise env slurm|kubernetes|ray [options] -- COMMAND
+
+rankwise VERB --help tells a verb's options; rankwise --version the version."""
+
+_VERBS = {"run": "launch", "whoami": "whoami", "doctor": "doctor", "env": "jobfiles"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,10 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     match given:
-        case ["run", *torchrun_arguments] if torchrun_arguments:
-            from rankwise.launch import launch
-
-            return launch(torchrun_arguments)
+        case [verb, *rest] if verb in _VERBS:
+            # Each verb is imported when it is asked for: `whoami` must not pay for torch.
+            return int(importlib.import_module(f"rankwise.{_VERBS[verb]}").main(rest))
         case ["--version"]:
             print(f"rankwise {__version__}")
             return 0
@@ -32,6 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(USAGE)
             return 0
     print(USAGE, file=sys.stderr)
-    if given and given[0] != "run":
-        print(f"error: {given[0]!r} is no verb of rankwise; there is `run`", file=sys.stderr)
+    if given:
+        print(f"error: {given[0]!r} is no verb of rankwise; there are {', '.join(_VERBS)}", file=sys.stderr)
     return 2

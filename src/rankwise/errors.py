@@ -4,6 +4,7 @@ RankwiseError                       root of everything that rankwise raises on p
 +-- LaunchError (ValueError)        the environment contradicts itself
 +-- DeviceError                     no device for this rank
 +-- StoppedError                    asked to stop before all ranks had started
++-- MissingRanksError               ranks did not come to something in time
 +-- RankFailedError                 one or more ranks failed inside something done together
 +-- CheckpointError                 a checkpoint could not be saved or loaded
     +-- CheckpointNotFoundError     there is no such step or item
@@ -13,8 +14,15 @@ RankwiseError                       root of everything that rankwise raises on p
 
 from __future__ import annotations
 
+import os
 import traceback
 from dataclasses import dataclass
+from types import TracebackType
+
+LOST = "RankLost"
+"""The `error_type` of a rank that ended without a word."""
+
+_OWN_FOLDER = os.path.dirname(__file__) + os.sep
 
 
 class RankwiseError(Exception):
@@ -36,6 +44,17 @@ class StoppedError(RankwiseError):
     """This rank was asked to stop before all ranks had started: nothing was done that could be lost."""
 
 
+class MissingRanksError(RankwiseError):
+    """Ranks did not come to something that all do together within its time; the message names them."""
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(message, ranks)
+        self.ranks = ranks
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 @dataclass(frozen=True)
 class RankFailure:
     """What went wrong on one rank."""
@@ -46,17 +65,42 @@ class RankFailure:
     message: str
     traceback: str = ""
     """Empty for errors of ours: their message says what the user needs."""
+    device: str = ""
+    """Where it computed; empty where it had no device yet."""
+    pid: int | None = None
 
     @classmethod
-    def of(cls, error: BaseException, *, rank: int, host: str) -> RankFailure:
+    def of(cls, error: BaseException, *, rank: int, host: str, device: str = "", pid: int | None = None) -> RankFailure:
         """The failure of `rank`, described so that it can travel to the others."""
         known = isinstance(error, RankwiseError)
-        lines = [] if known else traceback.format_exception(type(error), error, error.__traceback__)
-        return cls(rank, host, type(error).__name__, str(error), "".join(lines))
+        lines = [] if known else traceback.format_exception(type(error), error, without_own_frames(error))
+        return cls(rank, host, type(error).__name__, str(error), "".join(lines), device, pid)
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether the rank ended without a word of its own."""
+        return self.error_type == LOST
+
+    @property
+    def place(self) -> str:
+        """The rank, its host and its device, for a message."""
+        return f"rank {self.rank} ({', '.join(filter(None, (self.host, self.device)))})"
 
     def __str__(self) -> str:
         said = f"{self.error_type}: {self.message}" if self.message else self.error_type
         return f"{said}\n{self.traceback.rstrip()}" if self.traceback else said
+
+
+def without_own_frames(error: BaseException) -> TracebackType | None:
+    """The traceback of an error without our frames at its start: the `with` block's, `rankwise run`'s.
+
+    Ranks: local.
+    """
+    trace = error.__traceback__
+    own = (_OWN_FOLDER, "<frozen runpy>")
+    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename.startswith(own):
+        trace = trace.tb_next
+    return trace
 
 
 class RankFailedError(RankwiseError):
@@ -74,7 +118,7 @@ class RankFailedError(RankwiseError):
 
     def __str__(self) -> str:
         first, *others = self.failures
-        text = f"rank {first.rank} ({first.host}) {self.verb}: {first}"
+        text = f"{first.place} {self.verb}: {first}"
         if not others:
             return text
         ranks = ", ".join(str(failure.rank) for failure in others[:8])

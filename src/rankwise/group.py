@@ -1,179 +1,245 @@
-"""The ties of this process to the other ranks: rendezvous, process group, and whose failure came first."""
+"""The ties of this process to the other ranks: rendezvous, roll call, process group, and whose failure came first."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import json
-import math
 import os
 import threading
-import time
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
-from torch.distributed.rendezvous import rendezvous
 
-from rankwise import collectives, logs
-from rankwise.errors import LaunchError, RankFailedError, RankFailure, RankwiseError, StoppedError
+from rankwise import lastwords, logs
+from rankwise.device import device_uuid, find_shared_devices
+from rankwise.errors import DeviceError, LaunchError, RankFailedError, RankFailure, RankwiseError
 from rankwise.identity import Identity
+from rankwise.lifeline import FIRST_FAILURE, Lifeline
+from rankwise.rollcall import call_roll, consult
+from rankwise.store import find_store
+from rankwise.visible import is_sharing_asked, visible_text
+from rankwise.waiting import Link, use_link
 
 CLOSE_SECONDS = 10.0
-STOP_GRACE_SECONDS = 5.0
-"""How long a rank that was asked to stop still waits for the others to start."""
+LIVE_SECONDS = 5.0
+"""After this long without an end of its own, the main process prints a failure that it heard of."""
 
-_FIRST_FAILURE = "first_failure"
-_SETUP_FAILURE = "setup_failure"
-_LOST_CONNECTION = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Timed out waiting",
-    "gloo/transport",
-    "NCCL error",
-    "NCCL communicator",
-)
+_ACKNOWLEDGE_SECONDS = 2.0
+_CONTRADICTION_SECONDS = 10.0
+_BY_HAND = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
 _logger = logs.get_logger(__name__)
 _connection_numbers = itertools.count()
-_rendezvous_store: Store | None = None
 
 
 class Connection:
     """What ties this process to the other ranks of a session; at world size 1, nothing."""
 
-    def __init__(self, identity: Identity, stop_requested: Callable[[], bool]) -> None:
-        self._identity = identity
-        self._stop_requested = stop_requested
+    def __init__(self, is_stopped: Callable[[], bool], timeout: timedelta) -> None:
+        self.is_told = False
+        """Whether the first failure of the job stands on the console already."""
+        self._is_stopped = is_stopped
+        self._timeout = timeout
+        self._identity: Identity | None = None
         self._device = torch.device("cpu")
         self._store: Store | None = None
+        self._lifeline: Lifeline | None = None
+        self._link: Link | None = None
+        self._one_machine = True
         self._leave: Callable[[bool], None] | None = None
 
+    def find_others(self, identity: Identity) -> Identity:
+        """The identity that all ranks together see, once all have come; from here on a failure reaches them.
+
+        Raises:
+            LaunchError: the ranks contradict each other; on every rank.
+            RankwiseError: they did not all come in time.
+        Ranks: every rank must call.
+        """
+        self._identity = identity
+        if not dist.is_initialized() and identity.world_size == 1:
+            return identity
+        if dist.is_initialized():
+            _require_same_place(identity)
+            store = _get_default_store()
+        else:
+            store = find_store(identity, self._timeout, self._is_stopped)
+        prefix = f"rankwise/session-{next(_connection_numbers)}"
+        self._store = _clone(prefix, store)
+        self._identity, self._one_machine = call_roll(self._store, identity, self._timeout, self._is_stopped)
+        self._link = Link(self._identity, store=_clone(prefix, store), timeout_seconds=self._timeout.total_seconds())
+        if identity.world_size > 1:
+            self._lifeline = Lifeline(
+                _clone(prefix, store), self._identity, self._one_machine, self._link.doing, self._on_first_failure
+            )
+            self._link.lifeline = self._lifeline
+        return self._identity
+
     def open(
-        self, device: torch.device, setup_error: RankwiseError | None, backend: str | None, timeout: timedelta
+        self,
+        device: torch.device,
+        setup_error: RankwiseError | None,
+        *,
+        backend: str | None,
+        make_group: bool,
+        share_devices: bool,
     ) -> None:
         """Make or find the process group, or raise on every rank what any rank could not set up.
 
-        After an error `note_failure` and `first_failure` still reach the others, until `close`.
-
         Ranks: every rank must call.
         """
-        prefix = f"rankwise/session-{next(_connection_numbers)}"
+        identity = self._identity
+        assert identity is not None, "find_others comes first"
         self._device = device
-        if dist.is_initialized():
-            self._join_group(prefix, timeout)
-            collectives.raise_together(setup_error)
-        elif self._identity.world_size > 1:
-            self._make_group(prefix, setup_error, backend, timeout)
+        if self._store is not None:
+            self._vote_to_start(self._store, identity, setup_error, share_devices)
         elif setup_error is not None:
             raise setup_error
+        if self._link is not None:
+            self._link.set_device(str(device))
+        if dist.is_initialized():
+            self._join_group()
+        elif identity.world_size > 1 or make_group:
+            self._make_group(identity, backend)
+        if self._link is not None:
+            use_link(self._link)
 
     def close(self, *, failed: bool) -> None:
-        """Give up, within seconds, what `open` made; a group that was there before stays.
+        """Give up, within seconds, what `find_others` and `open` made; a group that was there before stays.
 
         Args:
-            failed: the other ranks may be gone or stuck, so wait for nobody.
+            failed: the other ranks may be gone or stuck, so wait for nobody but those that want to hear why.
         Ranks: local.
         """
-        leave, self._leave, self._store = self._leave, None, None
-        if leave is None:
-            return
-        # In a thread, because closing a group whose other end is gone may wait for ever.
-        thread = threading.Thread(target=leave, args=(failed,), name="rankwise-leave", daemon=True)
-        thread.start()
-        thread.join(CLOSE_SECONDS)
-        if thread.is_alive():
-            _logger.warning("the process group did not close within %g s; it is left behind", CLOSE_SECONDS)
+        use_link(None)
+        leave, self._leave = self._leave, None
+        if self._link is not None:
+            self._link.say_left()
+        if leave is not None:
+            # In a thread, because closing a group whose other end is gone may wait for ever.
+            thread = threading.Thread(target=leave, args=(failed,), name="rankwise-leave", daemon=True)
+            thread.start()
+            thread.join(1.0 if failed else CLOSE_SECONDS)
+            if thread.is_alive() and not failed:
+                _logger.warning("the process group did not close within %g s; it is left behind", CLOSE_SECONDS)
+        if self._lifeline is not None:
+            self._lifeline.close(linger_seconds=LIVE_SECONDS)
+        self._store = self._lifeline = self._link = None
 
     def first_failure(self, timeout_seconds: float) -> RankFailure | None:
         """The failure that was noted first in the whole job, by order of arrival; None if none comes in time.
 
         Ranks: local.
         """
-        deadline = time.monotonic() + timeout_seconds
-        # The store lives in another process, which may be gone already; then nobody can tell.
-        with contextlib.suppress(RuntimeError):
-            while self._store is not None:
-                if self._store.check([_FIRST_FAILURE]):
-                    return RankFailure(**json.loads(self._store.get(_FIRST_FAILURE)))
-                if time.monotonic() >= deadline:
-                    break
-                time.sleep(0.02)
-        return None
+        if self._lifeline is None:
+            return None
+        self._lifeline.heard.wait(timeout_seconds)
+        return self._lifeline.first_failure
 
-    def note_failure(self, error: BaseException, key: str = _FIRST_FAILURE) -> None:
-        """Tell the others that this rank failed; the first to tell stays the first.
+    def note_failure(self, error: BaseException) -> RankFailure | None:
+        """Tell the others that this rank failed; what comes back is whose failure came first, this one's maybe.
+
+        None where there is nobody to tell, or nobody who says that he heard.
 
         Ranks: local.
         """
-        if self._store is None:
-            return
-        failure = RankFailure.of(error, rank=self._identity.rank, host=self._identity.hostname)
-        with contextlib.suppress(RuntimeError):
-            self._store.compare_set(key, "", json.dumps(asdict(failure)))
-
-    def _make_group(
-        self, prefix: str, setup_error: RankwiseError | None, backend: str | None, timeout: timedelta
-    ) -> None:
-        store = _rendezvous(self._identity, timeout, self._stop_requested)
-        self._store = PrefixStore(prefix, store.clone())  # type: ignore[attr-defined]
-        self._vote_to_start(self._store, setup_error, timeout)
-        self._leave = self._destroy_group
-        dist.init_process_group(
-            backend or _default_backend(self._device),
-            store=PrefixStore(f"{prefix}/group", store),
+        if self._store is None or self._identity is None or self._lifeline is None:
+            return None
+        failure = RankFailure.of(
+            error,
             rank=self._identity.rank,
-            world_size=self._identity.world_size,
-            timeout=timeout,
-            device_id=self._device if self._device.index is not None else None,
+            host=self._identity.hostname,
+            device=str(self._device),
+            pid=os.getpid(),
         )
-        _add_cpu_side(timeout)
-        # Gloo connects pair by pair: a rank that is done and leaves now would break those that still connect.
-        collectives.barrier()
+        with contextlib.suppress(RuntimeError):
+            self._store.compare_set(FIRST_FAILURE, "", json.dumps(asdict(failure)))
+            self._lifeline.announce()
+            return self.first_failure(_ACKNOWLEDGE_SECONDS)
+        return None
 
-    def _join_group(self, prefix: str, timeout: timedelta) -> None:
-        here = (self._identity.rank, self._identity.world_size)
-        if here != (dist.get_rank(), dist.get_world_size()):
-            raise LaunchError(
-                f"the process group that is there says rank {dist.get_rank()} of {dist.get_world_size()}, "
-                f"the environment says rank {here[0]} of {here[1]}. Make both agree, or let `init` make it."
-            )
-        self._store = PrefixStore(prefix, _get_default_store().clone())  # type: ignore[attr-defined]
-        cpu_group = _add_cpu_side(timeout)
-        if cpu_group is not None:
-            self._leave = lambda failed: _forget_cpu_group(cpu_group)
+    def _on_first_failure(self, failure: RankFailure) -> None:
+        """In the lifeline's thread. The main process's console is told even where its own work never ends."""
+        if self._identity is None or not self._identity.is_main_process or failure.rank == 0:
+            return
 
-    def _vote_to_start(self, store: Store, error: RankwiseError | None, timeout: timedelta) -> None:
-        """Raise on every rank if any rank could not set up, before a group is made that would wait for it."""
-        world_size = self._identity.world_size
-        if error is not None:
-            self.note_failure(error, _SETUP_FAILURE)
-        if store.add("num_started", 1) == world_size:
-            store.set("all_started", "")
-        try:
-            seconds = timeout.total_seconds()
-            if not _wait(lambda: store.check(["all_started"]), seconds, self._stop_requested):
-                when = "when this one was asked to stop" if self._stop_requested() else f"within {seconds:g} s"
-                kind = StoppedError if self._stop_requested() else RankwiseError
-                raise kind(
-                    f"{store.add('num_started', 0)} of {world_size} ranks started {when}. "
-                    "See the output of the others, or give more time (timeout_seconds)."
-                )
-        except BaseException as gave_up:
-            # Those who still come must not wait for a group that cannot be.
-            self.note_failure(gave_up, _SETUP_FAILURE)
-            raise
-        if store.check([_SETUP_FAILURE]):
-            together = RankFailedError((RankFailure(**json.loads(store.get(_SETUP_FAILURE))),))
+        def tell() -> None:
+            if not self.is_told and not lastwords.has_launcher():
+                self.is_told = True
+                lastwords.print_words(lastwords.in_words(failure))
+
+        timer = threading.Timer(LIVE_SECONDS, tell)
+        timer.daemon = True
+        timer.start()
+
+    def _vote_to_start(
+        self, store: Store, identity: Identity, setup_error: RankwiseError | None, share_devices: bool
+    ) -> None:
+        """Raise on every rank if any rank could not set up, or two share a device, before a group is made."""
+        place = (identity.rank, identity.local_rank, identity.hostname)
+        row: dict[str, Any] = {"rank": identity.rank, "world_size": identity.world_size, "failure": None}
+        if setup_error is not None:
+            failure = RankFailure.of(setup_error, rank=identity.rank, host=identity.hostname, pid=os.getpid())
+            row["failure"] = asdict(failure)
+        else:
+            uuid, visible = device_uuid(self._device), visible_text(os.environ, self._device.type)
+            row["device"] = (*place, str(self._device), uuid, visible)
+
+        def judge(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+            failures = [row["failure"] for row in rows if row["failure"] is not None]
+            if failures:
+                return {"failures": failures}
+            is_meant = share_devices or is_sharing_asked(os.environ)
+            shared = None if is_meant else find_shared_devices([tuple(row["device"]) for row in rows])
+            return {"failures": [], "shared": shared}
+
+        answer = consult(store, "ready", row, judge, self._timeout, self._is_stopped, check=self._raise_if_lost)
+        if answer["failures"]:
+            together = RankFailedError(tuple(RankFailure(**failure) for failure in answer["failures"]))
             together.on_every_rank = True
-            raise together from error
+            raise together from setup_error
+        if answer["shared"]:
+            shared = DeviceError(answer["shared"])
+            shared.on_every_rank = True
+            raise shared
+
+    def _raise_if_lost(self) -> None:
+        if self._lifeline is not None and self._lifeline.first_failure is not None:
+            raise RankFailedError((self._lifeline.first_failure,), "failed first")
+
+    def _make_group(self, identity: Identity, backend: str | None) -> None:
+        store: Store = HashStore() if self._store is None else self._store
+        self._leave = self._destroy_group
+        with _gloo_on_loopback(self._one_machine):
+            dist.init_process_group(
+                backend or _default_backend(self._device),
+                store=PrefixStore("group", store.clone() if self._store is not None else store),  # type: ignore[attr-defined]
+                rank=identity.rank,
+                world_size=identity.world_size,
+                timeout=self._timeout,
+                device_id=self._device if self._device.index is not None else None,
+            )
+            cpu_group = _make_cpu_side(self._timeout)
+        if self._link is not None:
+            self._link.set_group(cpu_group)
+            # Gloo connects pair by pair: a rank that is done and leaves now would break those that still connect.
+            use_link(self._link)
+            self._link.meet()
+
+    def _join_group(self) -> None:
+        cpu_group = _make_cpu_side(self._timeout)
+        if self._link is not None:
+            self._link.set_group(cpu_group)
+        if cpu_group is not None:
+            self._leave = lambda failed: _forget(cpu_group)
 
     def _destroy_group(self, failed: bool) -> None:
-        collectives.use_cpu_group(None)
         if dist.group.WORLD is None:  # it could not be made
             return
         with contextlib.suppress(RuntimeError):
@@ -181,24 +247,38 @@ class Connection:
                 torch.accelerator.set_device_index(self._device.index)  # a new thread starts on device 0
             if failed:
                 dist.group.WORLD.abort()
-        with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()
+        _forget(None)
 
 
-def is_lost_connection(error: BaseException) -> bool:
-    """Whether an error, or what it came from, tells of another rank that is gone, rather than of this one.
+def tell_contradiction(error: LaunchError, environ: Mapping[str, str]) -> None:
+    """Let the others hear of an environment that contradicts itself, if the launcher's own variables lead to them.
+
+    Otherwise a rank whose variables happen to fit would wait for this one until its time is up.
 
     Ranks: local.
     """
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, dist.DistError):
-            return True
-        if isinstance(seen, RuntimeError) and any(words in str(seen) for words in _LOST_CONNECTION):
-            return True
-        # What it was merely raised in the handling of is no cause: an error of ours while we tidy up stays ours.
-        seen = seen.__cause__
-    return False
+    with contextlib.suppress(RankwiseError, RuntimeError):
+        identity = Identity.resolve({name: value for name, value in environ.items() if name not in _BY_HAND})
+        if identity.world_size == 1 or identity.is_main_process:
+            return
+        store = find_store(identity, timedelta(seconds=_CONTRADICTION_SECONDS), lambda: False)
+        words = f"rank {identity.rank} on {identity.hostname}: {error}"
+        key = f"rankwise/session-{next(_connection_numbers)}/roll/verdict"
+        store.compare_set(key, "", json.dumps({"kind": "launch", "error": words, "judged": False}))
+
+
+def _require_same_place(identity: Identity) -> None:
+    if (identity.rank, identity.world_size) != (dist.get_rank(), dist.get_world_size()):
+        raise LaunchError(
+            f"the process group that is there says rank {dist.get_rank()} of {dist.get_world_size()}, the environment "
+            f"says rank {identity.rank} of {identity.world_size}. Make both agree, or let `init` make it."
+        )
+
+
+def _clone(prefix: str, store: Store) -> Store:
+    """A connection of its own: a thread that waits on a shared one stalls the calls of all others."""
+    clone: Callable[[], Store] = store.clone  # type: ignore[attr-defined]
+    return PrefixStore(prefix, clone())
 
 
 def _default_backend(device: torch.device) -> str:
@@ -208,73 +288,28 @@ def _default_backend(device: torch.device) -> str:
     return f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
 
 
-def _add_cpu_side(timeout: timedelta) -> dist.ProcessGroup | None:
-    """Make a group for what ranks say over the CPU, where the default group has no gloo there."""
+def _make_cpu_side(timeout: timedelta) -> dist.ProcessGroup | None:
+    """A group for what ranks say over the CPU, where the default group has no gloo there."""
     if "cpu:gloo" in dist.get_backend_config():
         return None
     group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
-    collectives.use_cpu_group(group)
     return group
 
 
-def _forget_cpu_group(group: dist.ProcessGroup) -> None:
-    collectives.use_cpu_group(None)
+@contextlib.contextmanager
+def _gloo_on_loopback(one_machine: bool) -> Iterator[None]:
+    """Where nobody is elsewhere, gloo needs no network, and no host name that resolves."""
+    name = "GLOO_SOCKET_IFNAME"
+    if not one_machine or name in os.environ or not os.path.exists("/sys/class/net/lo"):
+        yield
+        return
+    os.environ[name] = "lo"
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+
+
+def _forget(group: dist.ProcessGroup | None) -> None:
     with contextlib.suppress(RuntimeError):
         dist.destroy_process_group(group)
-
-
-def _wait(is_done: Callable[[], bool], timeout_seconds: float, stop_requested: Callable[[], bool]) -> bool:
-    """Whether `is_done` came true in time; signal handlers run meanwhile, as they would not in the store's own wait.
-
-    A stop request leaves some seconds: ranks that start only a moment later all stop together in good order.
-    """
-    start = time.monotonic()
-    deadline, stopping = start + timeout_seconds, False
-    while not is_done():
-        now = time.monotonic()
-        if stop_requested() and not stopping:
-            stopping, deadline = True, min(deadline, now + STOP_GRACE_SECONDS)
-        if now >= deadline:
-            return False
-        time.sleep(min(1.0, max(0.01, (now - start) / 8)))
-    return True
-
-
-def _rendezvous(identity: Identity, timeout: timedelta, stop_requested: Callable[[], bool]) -> Store:
-    """The store through which the ranks find each other; one for all sessions of this process.
-
-    A second store on the same port would race with the first one's end, and torch's own default prefix would
-    find the addresses of the first session's group.
-    """
-    global _rendezvous_store
-    if _rendezvous_store is not None:
-        return _rendezvous_store
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
-        raise LaunchError(
-            f"WORLD_SIZE={identity.world_size} but {' and '.join(missing)} not set, so the ranks cannot find "
-            "each other. Set the address and a free port of the node of rank 0, or start through torchrun."
-        )
-    if not os.environ["MASTER_PORT"].isdecimal():
-        raise LaunchError(f"MASTER_PORT={os.environ['MASTER_PORT']!r} is no port. Set a number in 1..65535.")
-    found: Future[Store] = Future()
-
-    def find() -> None:
-        try:
-            handler = rendezvous("env://", identity.rank, identity.world_size, timeout=timeout)
-            found.set_result(next(iter(handler))[0])
-        except BaseException as error:
-            found.set_exception(error)
-
-    # In a thread, because it waits where no signal handler runs; it ends by its own timeout.
-    threading.Thread(target=find, name="rankwise-rendezvous", daemon=True).start()
-    told = f"rank {identity.rank} of {identity.world_size} did not find the others at "
-    told += f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    if not _wait(found.done, math.inf, stop_requested):
-        raise StoppedError(f"{told} before it was asked to stop.")
-    try:
-        _rendezvous_store = found.result()
-    except dist.DistError as error:
-        reason = str(error).splitlines()[0]
-        raise RankwiseError(f"{told} within {timeout.total_seconds():g} s: {reason}") from error
-    return _rendezvous_store

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,11 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from rankwise.errors import RankFailure
+from rankwise.lastwords import FOLDER, in_words, print_words, told_to_launcher
 from rankwise.parent import LAUNCHER, launcher_token
+from rankwise.rank import BIND
+from rankwise.threads import threads_per_process
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -29,6 +34,17 @@ STOPPED = 128 + signal.SIGTERM
 """Exit status of a job that a stop signal ended before its ranks could answer it."""
 
 _DELIVERY_SECONDS = 0.1
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`rankwise run`.
+
+    Ranks: local, in the launcher and not in a rank.
+    """
+    if not arguments:
+        print("usage: rankwise run [torchrun options] SCRIPT [ARGUMENT ...]", file=sys.stderr)
+        return 2
+    return launch(arguments)
 
 
 def launch(torchrun_arguments: Sequence[str], *, stopped_status: int = STOPPED) -> int:
@@ -46,6 +62,7 @@ def launch(torchrun_arguments: Sequence[str], *, stopped_status: int = STOPPED) 
     Ranks: local, in the launcher and not in a rank; from the main thread.
     """
     with _StopSignals() as stop:
+        import torch
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.elastic.rendezvous import RendezvousError
         from torch.distributed.launcher.api import elastic_launch
@@ -53,12 +70,21 @@ def launch(torchrun_arguments: Sequence[str], *, stopped_status: int = STOPPED) 
 
         parser = get_args_parser()
         parser.prog = "rankwise run"
+        parser.add_argument(
+            "--bind",
+            action="store_true",
+            help="keep each rank on cores of its own, those near its device where there are accelerators",
+        )
         parser.allow_abbrev = False  # or an option of the script, `--nproc` say, is refused as a short form of several
         args = parser.parse_args(list(torchrun_arguments))
         if args.standalone or _names_no_rendezvous(args):
             # A free port of this host: torchrun's fixed default port clashes between two jobs on one machine.
             args.rdzv_backend, args.rdzv_endpoint, args.rdzv_id = "c10d", "localhost:0", str(uuid.uuid4())
             args.local_addr = args.local_addr or "127.0.0.1"
+        if args.log_dir and args.redirects == "0" and args.tee == "0":
+            args.tee = "3"  # torchrun would make the folder and write nothing there
+        if args.bind and torch.accelerator.is_available():
+            args.numa_binding = args.numa_binding or "node"
         # The elastic log repeats a failure in a table of twenty lines; the ranks and the line below say it once.
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
         logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
@@ -70,14 +96,15 @@ def launch(torchrun_arguments: Sequence[str], *, stopped_status: int = STOPPED) 
             print(f"error: {error}", file=sys.stderr)
             return 2
         config.signals_to_handle = "SIGQUIT"
-        threads = str(_threads_per_process(config.nproc_per_node))
-        with _environment(
-            **{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), LAUNCHER: launcher_token()}
-        ):
+        threads = str(threads_per_process(config.nproc_per_node, launcher="torchrun"))
+        added = {"OMP_NUM_THREADS": threads, LAUNCHER: launcher_token()}
+        if args.bind and args.numa_binding is None:
+            added[BIND] = "1"
+        with tempfile.TemporaryDirectory(prefix="rankwise-run-") as folder, _environment(**added, **{FOLDER: folder}):
             try:
-                elastic_launch(config, entrypoint)(*command)
+                elastic_launch(config, entrypoint)(*_with_last_words(entrypoint, command))
             except ChildFailedError as error:
-                return stopped_status if _is_stopped(error, stop) else _report(error)
+                return stopped_status if _is_stopped(error, stop) else _report(error, told_to_launcher(folder))
             except (RendezvousError, OSError) as error:
                 print(f"error: the processes of the job did not find each other: {error}", file=sys.stderr)
                 return 1
@@ -142,17 +169,18 @@ def _names_no_rendezvous(args: argparse.Namespace) -> bool:
     return one_node and args.rdzv_backend == "static" and not args.rdzv_endpoint and args.master_port is None
 
 
-def _threads_per_process(num_processes: int) -> int:
-    """This node's cores divided by its processes; torchrun's fixed 1 leaves most cores idle."""
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, num_cores // num_processes)
+def _with_last_words(entrypoint: object, command: Sequence[str]) -> list[str]:
+    """The command of a Python script, run by `rankwise.rank`, which leaves the traceback of a failure for us."""
+    if entrypoint == sys.executable and command[:1] == ["-u"]:
+        return ["-u", "-m", "rankwise.rank", *command[1:]]
+    return list(command)
 
 
 def _is_stopped(error: "ChildFailedError", stop: _StopSignals) -> bool:
     return stop.num_received == 1 and all(rank.exitcode == -signal.SIGTERM for rank in error.failures.values())
 
 
-def _report(error: "ChildFailedError") -> int:
+def _report(error: "ChildFailedError", told: RankFailure | None) -> int:
     # Once a rank has failed, the agent sends SIGTERM to the others: their statuses are consequences. One that refuses
     # its input has said why; one that broke is the news.
     rank, first = min(
@@ -164,6 +192,10 @@ def _report(error: "ChildFailedError") -> int:
             item[1].timestamp,
         ),
     )
+    if told is not None and told.error_type != "SystemExit" and not (told.is_loss and told.rank in error.failures):
+        print_words(in_words(told))
+        own = error.failures.get(told.rank, first)
+        return int(own.exitcode) if own.exitcode > 0 else 1
     if first.exitcode == 2:
         return 2
     if first.exitcode < 0:

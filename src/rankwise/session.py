@@ -18,13 +18,14 @@ from types import FrameType
 
 import torch
 
-from rankwise import collectives, logs
+from rankwise import collectives, lastwords, logs, threads
 from rankwise.device import select_device
-from rankwise.errors import RankFailedError, RankFailure, RankwiseError
+from rankwise.errors import LaunchError, MissingRanksError, RankFailedError, RankFailure, RankwiseError
 from rankwise.files import write_atomic
-from rankwise.group import Connection, is_lost_connection
+from rankwise.group import Connection, tell_contradiction
 from rankwise.identity import Identity
 from rankwise.parent import end_with_parent
+from rankwise.waiting import is_lost_connection
 
 RUN_FORMAT = 1
 """Version of the layout of run.json."""
@@ -50,8 +51,8 @@ class Session:
         self.run_dir = run_dir
         self._stop_requested = False
         self._failed = False
-        self._has_logs = False
-        self._connection = Connection(identity, lambda: self._stop_requested)
+        self._logs: logs.LogHandle | None = None
+        self._connection: Connection | None = None
 
     @property
     def stop_requested(self) -> bool:
@@ -80,25 +81,62 @@ class Session:
 
         Ranks: local.
         """
-        return self._connection.first_failure(timeout_seconds)
+        return self._connection.first_failure(timeout_seconds) if self._connection is not None else None
 
     def _surface(self, error: BaseException) -> RankFailedError | None:
-        """Tell the others of this rank's error, or learn whose failure caused it."""
+        """Tell the others of this rank's error, or learn whose failure caused it, and settle who prints what."""
         if isinstance(error, SystemExit) and error.code in (0, None):
             return None
-        if self._has_logs:
+        if self._logs is not None:
             _logger.error("the session ends with %s", type(error).__name__, exc_info=error, extra=logs.FILE_ONLY)
+        is_main = self.identity.is_main_process
         if isinstance(error, RankwiseError) and error.on_every_rank:
+            # One rank speaks for all.
+            if not is_main:
+                lastwords.set_last_words(error, "")
+            elif isinstance(error, RankFailedError):
+                lastwords.set_last_words(error, f"rankwise: {error}")
             return None
-        failure = self.first_failure(FIRST_FAILURE_SECONDS) if is_lost_connection(error) else None
-        if failure is None:
-            self._connection.note_failure(error)
-            _tell_launcher(error)
-            return None
-        return RankFailedError((failure,), "failed first") if failure.rank != self.identity.rank else None
+        consequence = None
+        if isinstance(error, RankFailedError) and error.verb == "failed first":
+            first: RankFailure | None = error.failures[0]
+            consequence = error
+        elif is_lost_connection(error) and (first := self.first_failure(FIRST_FAILURE_SECONDS)) is not None:
+            consequence = RankFailedError((first,), "failed first")
+        if consequence is None:
+            assert self._connection is not None, "there is one before anything can fail"
+            first = self._connection.note_failure(error)
+            _record_for_torchrun(error)
+        if first is None or isinstance(error, SystemExit | KeyboardInterrupt):
+            return None  # nobody else speaks of it
+        spoken = self._speak(error if consequence is None else consequence, first)
+        return consequence if spoken and consequence is not error else None
+
+    def _speak(self, error: BaseException, first: RankFailure) -> bool:
+        """Let the first failure of the job be printed once, where a person looks last."""
+        assert self._connection is not None, "there is one before anything can fail"
+        is_own = first.rank == self.identity.rank
+        already, self._connection.is_told = self._connection.is_told, True
+        if lastwords.has_launcher():
+            lastwords.tell_launcher(first)
+            words = ""
+        elif self._is_speaker(first) and not already:
+            words = lastwords.in_words(first)
+        else:
+            words = ""
+        if not is_own and not isinstance(error, RankFailedError | MissingRanksError):
+            words = f"rankwise: rank {self.identity.rank} failed after it: {type(error).__name__}: {error}\n{words}"
+        lastwords.set_last_words(error, words)
+        return True
+
+    def _is_speaker(self, first: RankFailure) -> bool:
+        """Whether this rank prints the first failure: the main process does, and where it died one or two a node."""
+        if first.rank == 0 and first.is_loss:
+            return self.identity.is_local_main_process or self.identity.rank == 1
+        return self.identity.is_main_process
 
 
-def _tell_launcher(error: BaseException) -> None:
+def _record_for_torchrun(error: BaseException) -> None:
     """Leave word for torchrun that this rank failed by itself; ranks that only lost a connection leave none."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
@@ -114,54 +152,73 @@ def init(
     device_type: str | None = None,
     timeout_seconds: float = 600.0,
     backend: str | None = None,
+    make_group: bool = False,
+    share_devices: bool = False,
+    bind_cpus: bool = False,
     log_level: int | str = "INFO",
 ) -> Iterator[Session]:
     """Set this process up for a run on all its ranks, and clean up at the end whatever happens.
 
-    In this order: identity, stop signals, logs, device, process group, run.json. World size 1 needs no
-    environment and makes no process group. A process group that exists already is used and left alone.
+    In this order: stop signals, identity (compared between all ranks), device, logs, process group, run.json. World
+    size 1 needs no environment and makes no process group. A process group that exists already is used and left alone.
 
     SIGTERM or Ctrl-C while a rank starts is kept for the first `agree_to_stop`; if the others do not come within
     seconds of it, the start ends with an error. A second Ctrl-C is a KeyboardInterrupt at once.
 
+    torch computes with this node's cores divided by its processes where OMP_NUM_THREADS does not say otherwise.
+
+    An error that ends the body is told to all ranks. The main process, or `rankwise run`, prints the first one of the
+    job once, with its rank, host, device and traceback, and ranks that only lost their connection print nothing.
+
     Args:
         run_dir: gets run.json and a log file per rank; nothing is written without it.
-        device_type: as `select_device`.
+        device_type, share_devices: as `select_device`.
         timeout_seconds: how long a rank waits for the others, at the start and in every collective.
         backend: of the process group; by default gloo on CPU, joined by NCCL on CUDA (torch's choice on others).
             One without gloo on the CPU gets a second group for messages.
+        make_group: make a process group at world size 1 too, on loopback.
+        bind_cpus: keep this process on cores of its own near its device; as `rankwise.bind_cpus`.
         log_level: records below it go nowhere.
     Raises:
-        LaunchError: the environment contradicts itself.
-        DeviceError: there is no device (at world size 1; otherwise RankFailedError on every rank).
-        RankwiseError: the ranks did not all start in time, or before this one was asked to stop.
-        RankFailedError: another rank could not start, or failed first and broke this rank's connection.
+        LaunchError: the environment contradicts itself, or the ranks contradict each other.
+        DeviceError: there is no device (at world size 1; otherwise RankFailedError on every rank), or two ranks are on
+            one.
+        MissingRanksError: ranks did not start in time; it names them.
+        StoppedError: asked to stop before all had started.
+        RankFailedError: another rank could not start, or failed first.
     Ranks: every rank must enter.
     """
     if _open_session is not None:
         raise RankwiseError("a session is open already in this process. Close it before the next `init`.")
-    identity = Identity.resolve(os.environ, hostname=socket.gethostname())
+    try:
+        identity = Identity.resolve(os.environ, hostname=socket.gethostname())
+    except LaunchError as error:
+        tell_contradiction(error, os.environ)
+        raise
     end_with_parent()
     session = Session(identity, torch.device("cpu"), Path(run_dir) if run_dir is not None else None)
+    connection = Connection(lambda: session.stop_requested, timedelta(seconds=timeout_seconds))
+    session._connection = connection
     with contextlib.ExitStack() as stack:
         # First, so that a stop does not kill a rank that others may wait for, nor one that leaves in good order.
         stack.enter_context(_stop_signals(session))
-        setup_error = None
-        try:
-            stack.callback(logs.configure(identity, session.run_dir, log_level).close)
-            session._has_logs = True
-            session.device = select_device(identity, device_type)
-        except RankwiseError as error:
-            setup_error = error
-        except OSError as error:
-            setup_error = _cannot_write(error)
-        except Exception as error:
-            setup_error = _cannot_start(identity, error)
-        stack.callback(lambda: session._connection.close(failed=session._failed))
+        stack.callback(lambda: session._logs.close() if session._logs is not None else None)
+        stack.callback(lambda: connection.close(failed=session._failed))
         stack.callback(_set_open_session, None)
         _set_open_session(session)
         try:
-            session._connection.open(session.device, setup_error, backend, timedelta(seconds=timeout_seconds))
+            session.identity = connection.find_others(identity)
+            setup_error = None
+            try:
+                session.device = select_device(session.identity, device_type, share=share_devices)
+                _set_threads(session, bind_cpus)
+                # Until here a process may claim the rank, and so the log file, of another.
+                session._logs = logs.configure(session.identity, session.run_dir, log_level)
+            except Exception as error:
+                setup_error = _cannot_start(session.identity, error)
+            connection.open(
+                session.device, setup_error, backend=backend, make_group=make_group, share_devices=share_devices
+            )
             if session.run_dir is not None:
                 _write_run_file(session, session.run_dir)
             _logger.info("%s", _start_line(session))
@@ -172,6 +229,15 @@ def init(
             if first is not None:
                 raise first from None
             raise
+
+
+def _set_threads(session: Session, bind_cpus: bool) -> None:
+    if bind_cpus:
+        threads.bind_cpus(session.identity, session.device)
+    if session.identity.local_world_size > 1 or bind_cpus:
+        torch.set_num_threads(
+            threads.threads_per_process(session.identity.local_world_size, launcher=session.identity.launcher)
+        )
 
 
 def _set_open_session(session: Session | None) -> None:
@@ -187,7 +253,14 @@ def _cannot_write(error: OSError) -> RankwiseError:
 
 
 def _cannot_start(identity: Identity, error: Exception) -> RankwiseError:
-    told = RankwiseError(f"rank {identity.rank} cannot set up on {identity.hostname}: {type(error).__name__}: {error}")
+    if isinstance(error, RankwiseError):
+        return error
+    if isinstance(error, OSError):
+        told = _cannot_write(error)
+    else:
+        told = RankwiseError(
+            f"rank {identity.rank} cannot set up on {identity.hostname}: {type(error).__name__}: {error}"
+        )
     told.__cause__ = error
     return told
 

@@ -20,7 +20,7 @@ def test_what_is_not_understood_gives_usage_and_status_two(
 ) -> None:
     assert main(arguments) == 2
     captured = capsys.readouterr()
-    assert "usage: rankwise run" in captured.err
+    assert "usage: rankwise " in captured.err
     assert captured.out == ""
 
 

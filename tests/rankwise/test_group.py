@@ -4,27 +4,30 @@ import importlib
 import json
 import os
 import signal
+import socket
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
 import rankwise
-from rankwise import collectives, group
+from rankwise import collectives, group, rollcall, waiting
 from rankwise import session as session_module
-from rankwise.errors import LaunchError, RankFailedError, RankwiseError
-from rankwise.group import is_lost_connection
+from rankwise import store as store_module
+from rankwise.errors import DeviceError, LaunchError, RankFailedError, RankwiseError
 from rankwise.testing import on_ranks
 
 
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        ({}, "WORLD_SIZE=2 but MASTER_ADDR and MASTER_PORT not set"),
-        ({"MASTER_ADDR": "localhost", "MASTER_PORT": "http"}, "MASTER_PORT='http' is no port"),
+        ({"LOCAL_RANK": "0"}, "Set MASTER_ADDR .* and MASTER_PORT"),
+        ({"MASTER_ADDR": "localhost", "MASTER_PORT": "http"}, "MASTER_PORT=http is no port"),
     ],
 )
 def test_ranks_that_cannot_find_each_other_say_what_to_set(
@@ -38,11 +41,16 @@ def test_ranks_that_cannot_find_each_other_say_what_to_set(
         rankwise.init(device_type="cpu").__enter__()
 
 
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
+
+
 def without_group(world_size: int) -> None:
     """Make this rank forget its group, as if it had been started by hand."""
     dist.destroy_process_group()
     size = str(world_size)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
 
 
 def meet_at_a_store(world_size: int = 2) -> None:
@@ -50,7 +58,7 @@ def meet_at_a_store(world_size: int = 2) -> None:
     is_server = dist.get_rank() == 0
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if is_server else None
     port = rankwise.broadcast_object(server.port if server else 0)
-    group._rendezvous_store = server or dist.TCPStore("127.0.0.1", port, is_master=False)
+    store_module._store = server or dist.TCPStore("127.0.0.1", port, is_master=False)
     without_group(world_size)
 
 
@@ -113,7 +121,7 @@ def test_group_that_cannot_talk_over_the_cpu_gets_a_side_that_can() -> None:
         assert dist.get_backend() == "fake"
         assert rankwise.gather_objects(session.identity.rank) == [0, 1]
     assert not dist.is_initialized()
-    assert collectives._cpu_group is None
+    assert waiting._link is None
 
 
 def test_every_accelerator_is_joined_by_gloo_on_the_cpu() -> None:
@@ -132,7 +140,7 @@ def test_second_interrupt_ends_the_search_for_ranks_that_never_come() -> None:
 @on_ranks(1, timeout_seconds=20)
 def test_stop_signal_ends_the_wait_for_ranks_that_never_come() -> None:
     meet_at_a_store(world_size=2)
-    group.STOP_GRACE_SECONDS = 0.2
+    rollcall.STOP_GRACE_SECONDS = 0.2
     signal_when_started(signal.SIGTERM)
     with pytest.raises(RankwiseError, match="1 of 2 ranks started when this one was asked to stop"), rankwise.init():
         pass
@@ -145,7 +153,11 @@ def test_rank_that_comes_too_late_hears_who_gave_up(tmp_path: Path) -> None:
     is_late = os.environ["RANK"] == "1"
     while is_late and not (tmp_path / "gave-up").exists():
         time.sleep(0.01)
-    message = "rank 0 .* failed: RankwiseError: 1 of 2 ranks" if is_late else "^1 of 2 ranks started within 0.3 s"
+    message = (
+        "rank 0 gave up: MissingRanksError: 1 of 2"
+        if is_late
+        else "^1 of 2 ranks started within 0.3 s; missing: rank 1"
+    )
     with pytest.raises(RankwiseError, match=message), rankwise.init(timeout_seconds=0.3):
         pass
     (tmp_path / ("heard" if is_late else "gave-up")).touch()
@@ -153,14 +165,67 @@ def test_rank_that_comes_too_late_hears_who_gave_up(tmp_path: Path) -> None:
         time.sleep(0.01)
 
 
-def test_error_in_a_chain_is_known_as_a_lost_connection() -> None:
-    lost = RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer")
-    assert is_lost_connection(lost)
-    assert is_lost_connection(dist.DistNetworkError("reset"))
-    wrapped = KeyError("x")
-    wrapped.__context__ = lost
-    assert not is_lost_connection(wrapped)
-    wrapped.__cause__ = lost
-    assert is_lost_connection(wrapped)
-    assert not is_lost_connection(RuntimeError("shape mismatch"))
-    assert not is_lost_connection(ValueError("Connection closed by peer"))
+@on_ranks(2)
+def test_two_ranks_on_one_device_are_both_named_on_every_rank() -> None:
+    meet_at_a_store()
+    group.device_uuid = lambda device: "GPU-1"
+    for _ in range(2):
+        with pytest.raises(DeviceError, match=r"rank 0 .* and rank 1 .* one device") as raised, rankwise.init():
+            pass
+        assert raised.value.on_every_rank
+    with rankwise.init(share_devices=True):
+        rankwise.barrier()
+
+
+@on_ranks(1)
+def test_one_process_makes_a_group_when_asked_and_on_loopback_alone() -> None:
+    without_group(world_size=1)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    with rankwise.init(make_group=True) as session:
+        assert dist.get_world_size() == session.identity.world_size == 1
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        listening = [c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        assert set(listening) <= {"127.0.0.1"}
+    assert not dist.is_initialized()
+
+
+@on_ranks(2)
+def test_ranks_that_share_a_machine_listen_on_loopback_alone() -> None:
+    meet_at_a_store()
+    before = {c.laddr for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    with rankwise.init(device_type="cpu"):
+        now = {c.laddr for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN}
+        assert {address.ip for address in now - before} <= {"127.0.0.1"}
+        assert rankwise.agree(bool(now - before))
+
+
+@on_ranks(3)
+def test_identity_that_was_assumed_is_corrected_before_the_device_is_chosen() -> None:
+    meet_at_a_store(world_size=3)
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"):
+        del os.environ[name]
+    assert rankwise.Identity.resolve(os.environ).local_rank == 0
+    with rankwise.init() as session:
+        identity = session.identity
+        assert (identity.local_rank, identity.local_world_size) == (identity.rank, 3)
+        assert (identity.node_rank, identity.num_nodes) == (0, 1)
+        assert identity.sources["local_rank"] == "store"
+
+
+@on_ranks(2)
+def test_side_channels_never_wait_for_each_other() -> None:
+    meet_at_a_store()
+    with rankwise.init() as session:
+        connection = session._connection
+        assert connection is not None
+        stores = [connection._store, connection._link._store, connection._lifeline._store]
+        waiting_thread = threading.Thread(target=lambda: stores[0].wait(["never"], timedelta(seconds=2)), daemon=True)
+        threading.excepthook = lambda arguments: None
+        waiting_thread.start()
+        start = time.monotonic()
+        for store in stores[1:]:
+            store.set(f"key-{session.identity.rank}", "value")
+        assert time.monotonic() - start < 1.5
+        waiting_thread.join()

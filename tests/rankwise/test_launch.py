@@ -1,7 +1,9 @@
 """`rankwise run`, as people start it: real processes, real signals."""
 
 import contextlib
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -62,7 +64,8 @@ def test_two_jobs_run_at_once_on_one_machine(script: Callable[[str], str]) -> No
 
 
 def test_status_two_is_passed_on_without_a_word_of_ours(script: Callable[[str], str]) -> None:
-    result = run(script("print('error: said by the rank', file=sys.stderr) if rank == 1 else None; sys.exit(2)"))
+    body = "print('error: said by the rank', file=sys.stderr) if rank == 1 else time.sleep(30)\nsys.exit(2)"
+    result = run(script(body))
     assert result.returncode == 2
     assert result.stderr == "error: said by the rank\n"
 
@@ -85,8 +88,60 @@ with rankwise.init(timeout_seconds=60):
 """
     result = run(script(body))
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith("error: rank 1 (pid ")
-    assert "ValueError: boom" in result.stderr
+    last = result.stderr.partition("rankwise: ")[2].splitlines()
+    assert last[0].startswith("rank 1 (")
+    assert last[0].endswith(") failed first:")
+    assert last[-1] == "ValueError: boom"
+    assert result.stderr.count("Traceback") == 1
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_of_eight_ranks_the_first_that_failed_has_the_last_word_and_once(
+    number: int, script: Callable[[str], str]
+) -> None:
+    body = f"""
+import torch, torch.distributed as dist
+import rankwise
+with rankwise.init(device_type="cpu", timeout_seconds=60):
+    rankwise.barrier("together")
+    if rank == {number}:
+        raise ValueError("boom")
+    while True:
+        dist.all_reduce(torch.ones(2))
+"""
+    result = run("--nproc-per-node", "8", script(body))
+    assert result.returncode == 1
+    words, *trace = result.stderr.partition("rankwise: rank")[2].splitlines()
+    assert re.fullmatch(rf" {number} \(.+, cpu, pid \d+\) failed first:", words), result.stderr
+    assert trace[0] == "Traceback (most recent call last):"
+    assert trace[-1] == "ValueError: boom"
+    assert result.stderr.count("boom") == 2  # the line of the script, and the error
+    assert "by peer" not in result.stderr
+
+
+def test_script_that_knows_nothing_of_us_has_its_traceback_at_the_end_and_once(script: Callable[[str], str]) -> None:
+    body = "def fall():\n    raise ValueError('boom')\nif rank == 1: fall()\ntime.sleep(30)"
+    result = run(script(body))
+    assert result.returncode == 1
+    lines = result.stderr.splitlines()
+    assert lines[0].startswith("rankwise: rank 1 (")
+    assert lines[-1] == "ValueError: boom"
+    assert result.stderr.count("Traceback") == 1
+
+
+def test_log_directory_gets_the_output_of_every_rank(script: Callable[[str], str], tmp_path: Path) -> None:
+    result = run("--log-dir", str(tmp_path / "logs"), script("print('said by', rank, flush=True)"))
+    assert result.returncode == 0
+    assert sorted(file.read_text() for file in tmp_path.glob("logs/**/stdout.log")) == ["said by 0\n", "said by 1\n"]
+    assert "said by 1" in result.stdout
+
+
+def test_bind_gives_each_rank_cores_of_its_own(script: Callable[[str], str]) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    result = run("--bind", script("os.write(1, (repr(sorted(os.sched_getaffinity(0))) + chr(10)).encode())"))
+    first, second = (set(json.loads(line)) for line in sorted(result.stdout.splitlines()))
+    assert first | second <= set(cores)
+    assert len(cores) < 2 or not first & second
 
 
 @pytest.mark.parametrize("wrong", [["--nproc-per-node", "0"], ["--nproc-per-node", "many"], ["--nnodes", "a"]])

@@ -1,0 +1,112 @@
+"""The end of a failed job's output: the rank that failed first, its host, device and traceback, once.
+
+A rank that fails on its own leaves word; whoever has the last word on the console prints it: `rankwise run` where the
+rank was started by it, else the main process. Every other rank keeps its traceback to its log file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+
+from rankwise.errors import RankFailure
+from rankwise.files import write_atomic
+
+_ATTRIBUTE = "_rankwise_last_words"
+FOLDER = "RANKWISE_LAST_WORDS"
+"""The variable by which `rankwise run` tells its ranks the folder to leave word in."""
+
+_Hook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
+
+
+def set_last_words(error: BaseException, words: str) -> None:
+    """Print `words` (nothing where they are empty) in place of the error's traceback if it ends this process.
+
+    Ranks: local.
+    """
+    with contextlib.suppress(AttributeError):
+        setattr(error, _ATTRIBUTE, words)
+    if not hasattr(sys.excepthook, _ATTRIBUTE):
+        # Again for every error: torch puts its own hook before this one with each process group that it makes.
+        sys.excepthook = _hook_before(sys.excepthook)
+
+
+def _hook_before(previous: _Hook) -> _Hook:
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        words = getattr(error, _ATTRIBUTE, None)
+        if words is None:
+            previous(kind, error, trace)
+        elif words:
+            print_words(words)
+
+    setattr(hook, _ATTRIBUTE, "")
+    return hook
+
+
+def print_words(words: str) -> None:
+    """Write to stderr with one call, so that ranks do not cut into each other.
+
+    Ranks: local.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        sys.stderr.write(words.rstrip("\n") + "\n")
+        sys.stderr.flush()
+
+
+def in_words(failure: RankFailure, verb: str = "failed first") -> str:
+    """A failure as the last thing that a person reads.
+
+    Ranks: local.
+    """
+    pid = f", pid {failure.pid}" if failure.pid else ""
+    said = failure.traceback or f"{failure.error_type}: {failure.message}"
+    return f"rankwise: {failure.place[:-1]}{pid}) {verb}:\n{said}"
+
+
+def has_launcher(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether `rankwise run` started this rank, and so has the last word.
+
+    Ranks: local.
+    """
+    return bool(environ.get(FOLDER)) and os.path.isdir(environ[FOLDER])
+
+
+def tell_launcher(failure: RankFailure, environ: Mapping[str, str] = os.environ) -> bool:
+    """Leave the first failure of the job where `rankwise run` on this node finds it; the first one stays.
+
+    Returns:
+        False where it did not start this rank, or its folder cannot be written.
+    Ranks: local.
+    """
+    if not has_launcher(environ):
+        return False
+    path = Path(environ[FOLDER], f"first-{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}.json")
+    # Linked into place, since a rename would replace what another rank left a moment before.
+    staged = path.with_suffix(f".{os.getpid()}")
+    try:
+        write_atomic(staged, json.dumps(asdict(failure)))
+        with contextlib.suppress(FileExistsError):
+            os.link(staged, path)
+        staged.unlink()
+    except OSError:
+        return False
+    return True
+
+
+def told_to_launcher(folder: str | os.PathLike[str]) -> RankFailure | None:
+    """What `tell_launcher` left there, in the last of the job's restarts; None if nothing.
+
+    Ranks: in the launcher.
+    """
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        paths = sorted(Path(folder).glob("first-*.json"), key=lambda path: int(path.stem.partition("-")[2]))
+        return RankFailure(**json.loads(paths[-1].read_text())) if paths else None
+    return None

@@ -1,0 +1,215 @@
+"""The store through which the ranks find each other before there is any process group."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from rankwise.errors import LaunchError, RankwiseError, StoppedError
+from rankwise.files import write_atomic
+from rankwise.identity import Identity
+from rankwise.parent import start_time
+from rankwise.rendezvous import MeetingPoint, find_meeting_point
+
+_LAUNCHERS = ("hydra", "mpirun", "mpiexec", "orted", "prte", "orterun", "pmi_proxy", "palsd", "jsrun", "jskd")
+_PORT_SECONDS = 20.0
+_store: Store | None = None
+
+
+def find_store(identity: Identity, timeout: timedelta, is_stopped: Callable[[], bool]) -> Store:
+    """The store of this job; one for all sessions of this process, hosted by the main process or the elastic agent.
+
+    A second store on the same port would race with the first one's end. It is TCP between the ranks: nothing that is
+    read from it is unpickled.
+
+    Raises:
+        LaunchError: nobody says where the ranks meet.
+        RankwiseError: the main process was not found there in time.
+        StoppedError: this process was asked to stop first.
+    Ranks: every rank must call.
+    """
+    global _store
+    if _store is None:
+        found: Future[Store] = Future()
+
+        def find() -> None:
+            try:
+                found.set_result(_meet(identity, timeout))
+            except BaseException as error:
+                found.set_exception(error)
+
+        # In a thread, because connecting waits where no signal handler runs; it ends by its own timeout.
+        threading.Thread(target=find, name="rankwise-rendezvous", daemon=True).start()
+        if not wait_until(found.done, math.inf, is_stopped):
+            raise StoppedError(f"rank {identity.rank} was asked to stop before it found the other ranks.")
+        _store = found.result()
+    return _store
+
+
+def wait_until(
+    is_done: Callable[[], bool], timeout_seconds: float, is_stopped: Callable[[], bool], grace_seconds: float = 5.0
+) -> bool:
+    """Whether `is_done` came true in time; signal handlers run meanwhile, as they would not in the store's own wait.
+
+    A stop request leaves `grace_seconds`: ranks that start only a moment later all stop together in good order.
+
+    Ranks: local.
+    """
+    start = time.monotonic()
+    deadline, stopping = start + timeout_seconds, False
+    while not is_done():
+        now = time.monotonic()
+        if is_stopped() and not stopping:
+            stopping, deadline = True, min(deadline, now + grace_seconds)
+        if now >= deadline:
+            return False
+        time.sleep(min(1.0, max(0.01, (now - start) / 8)))
+    return True
+
+
+def _meet(identity: Identity, timeout: timedelta) -> Store:
+    point = find_meeting_point(identity, os.environ)
+    if point.address is None:
+        raise LaunchError(f"{identity.launcher} gives no address to meet at. Set MASTER_ADDR and MASTER_PORT.")
+    if point.port is None:
+        return _meet_through_a_file(identity, point, timeout)
+    if identity.launcher == "torchrun" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # The agent hosts the store, and ranks that it starts again must not find what the last ones left there.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return PrefixStore(f"/worker/attempt_{attempt}", _connect(identity, point.address, point.port, timeout))
+    address = _resolvable(point.address, identity)
+    meet = _host if identity.is_main_process else _connect
+    return meet(identity, address, point.port, timeout)
+
+
+def _resolvable(address: str, identity: Identity) -> str:
+    """The address itself, or what Slurm knows for a node whose name the name service does not."""
+    try:
+        socket.getaddrinfo(address, None)
+    except (OSError, UnicodeError):
+        if identity.launcher == "slurm":
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                command = ["scontrol", "show", "node", "--oneliner", address]
+                told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+                if (found := re.search(r"\bNodeAddr=(\S+)", told)) is not None:
+                    return found[1]
+    return address
+
+
+def _host(identity: Identity, address: str, port: int, timeout: timedelta) -> Store:
+    try:
+        return TCPStore(address, port, None, True, timeout, wait_for_workers=False)
+    except (dist.DistError, RuntimeError) as error:
+        if "EADDRINUSE" in str(error) or "already in use" in str(error):
+            # If another process that claims rank 0 holds the port, the roll call names both.
+            with contextlib.suppress(RankwiseError):
+                return _connect(identity, address, port, min(timeout, timedelta(seconds=_PORT_SECONDS)))
+            reason = "another program holds this port"
+        else:
+            reason = str(error).splitlines()[0]
+        raise RankwiseError(
+            f"rank 0 cannot open a store at {address}:{port}: {reason}. Set MASTER_ADDR to an address of the node of "
+            "rank 0, and MASTER_PORT to a port that is free there."
+        ) from error
+
+
+def _connect(identity: Identity, address: str, port: int, timeout: timedelta) -> Store:
+    try:
+        return TCPStore(address, port, None, False, timeout)
+    except (dist.DistError, RuntimeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        where = f"rank {identity.rank} of {identity.world_size} found no rank 0 at {address}:{port}"
+        raise RankwiseError(
+            f"{where} within {timeout.total_seconds():g} s: {reason}. See the output of rank 0; the address must be "
+            "its node's, the port free there and open between the nodes (MASTER_ADDR, MASTER_PORT)."
+        ) from error
+
+
+def _meet_through_a_file(identity: Identity, point: MeetingPoint, timeout: timedelta) -> Store:
+    """All processes are on one node and nobody gave a port: rank 0 takes a free one and tells it in a file.
+
+    The folder is this user's alone, and the file names the job by what its processes share: a token of the launcher,
+    or the launcher's own process, which all of them descend from.
+    """
+    folder = Path(tempfile.gettempdir(), f"rankwise-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.lstat().st_uid != os.getuid() or folder.lstat().st_mode & 0o077:
+        raise LaunchError(f"{folder} is not this user's alone. Remove it, or set MASTER_ADDR and MASTER_PORT.")
+    name = "".join(c if c.isalnum() else "-" for c in point.token or _launcher_process())
+    path = folder / f"{name}.json"
+    if identity.is_main_process and _told_port(path) is None:
+        store = TCPStore(point.address or "127.0.0.1", 0, None, True, timeout, wait_for_workers=False)
+        here = {"port": store.port, "pid": os.getpid(), "started": start_time(os.getpid())}
+        write_atomic(path, json.dumps(here))
+        _forget_at_exit(path)
+        return store
+    deadline = time.monotonic() + timeout.total_seconds()
+    while (port := _told_port(path)) is None:
+        if time.monotonic() > deadline:
+            raise RankwiseError(
+                f"rank {identity.rank} of {identity.world_size} did not hear from rank 0 on {identity.hostname} within "
+                f"{timeout.total_seconds():g} s. See the output of rank 0, or set MASTER_ADDR and MASTER_PORT."
+            )
+        time.sleep(0.02)
+    return _connect(identity, point.address or "127.0.0.1", port, timeout)
+
+
+def _told_port(path: Path) -> int | None:
+    """The port in the file, None where there is none or its process is one of an earlier job that died."""
+    try:
+        told = json.loads(path.read_text())
+        return int(told["port"]) if start_time(int(told["pid"])) == told["started"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _launcher_process() -> str:
+    """The process that started all processes of the job on this node, as far as names tell; else the parent."""
+    parents = psutil.Process().parents()
+    for process in parents:
+        with contextlib.suppress(psutil.Error):
+            if any(word in process.name() for word in _LAUNCHERS):
+                return f"{process.pid}-{start_time(process.pid)}"
+    return f"{os.getppid()}-{start_time(os.getppid())}"
+
+
+def _forget_at_exit(path: Path) -> None:
+    import atexit
+
+    pid = os.getpid()
+
+    def forget() -> None:
+        if os.getpid() == pid:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    atexit.register(forget)
+
+
+def machine() -> str:
+    """What tells this machine, or container, from every other: processes with the same one share loopback.
+
+    Ranks: local.
+    """
+    boot_id, network = "", ""
+    with contextlib.suppress(OSError):
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        network = os.readlink("/proc/self/ns/net").strip("net:[]")
+    return f"{socket.gethostname()}:{boot_id}:{network}"

@@ -1,0 +1,367 @@
+"""How a rank waits for the others: until all have come, a rank has failed, or the time is up and it says who lacks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+
+from rankwise.errors import MissingRanksError, RankFailedError
+from rankwise.identity import Identity
+from rankwise.lifeline import Lifeline
+
+TIMEOUT_SECONDS = 600.0
+FIRST_FAILURE_SECONDS = 5.0
+"""How long a rank whose connection broke waits to hear whose fault it was."""
+
+_LONG = timedelta(days=30)
+_MOMENT = timedelta(seconds=0.1)
+_SAY_AFTER_SECONDS = 0.2
+_MAX_NAMED = 8
+_OWN_FOLDERS = tuple(f"{Path(file).parent}{os.sep}" for file in (os.__file__, torch.__file__, __file__))
+_LOST_CONNECTION = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "gloo/transport",
+    "NCCL error",
+    "NCCL communicator",
+)
+
+
+class Link:
+    """What this rank's collectives go through.
+
+    Args:
+        group: that talks over the CPU; None means the default group.
+        store, lifeline: of the session, the store for the main thread alone; None without a session.
+    """
+
+    def __init__(
+        self,
+        identity: Identity | None = None,
+        device: str = "",
+        *,
+        group: dist.ProcessGroup | None = None,
+        store: Store | None = None,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+    ) -> None:
+        self.lifeline: Lifeline | None = None
+        self._identity = identity
+        self._device = device
+        self._group = group
+        self._store = store
+        self._timeout_seconds = timeout_seconds
+        self._bare_store: Store | None = None
+        self._number = 0
+        self._num_channels = 0
+        self._what = "the start"
+        self._waiting = False
+        self._since = time.monotonic()
+
+    @property
+    def here(self) -> tuple[str, str] | None:
+        """Host and device of this rank; None without a session."""
+        return (self._identity.hostname, self._device) if self._identity is not None else None
+
+    def set_device(self, device: str) -> None:
+        """Know the device, once it is chosen.
+
+        Ranks: local.
+        """
+        self._device = device
+
+    def set_group(self, group: dist.ProcessGroup | None) -> None:
+        """Talk through `group`; None means the default group.
+
+        Ranks: every rank must call.
+        """
+        self._group = group
+
+    def meet(self) -> None:
+        """Wait until the group works for every rank.
+
+        Ranks: every rank must call.
+        """
+        ready = torch.zeros(1)
+        options = dist.AllreduceOptions()
+        self.run(lambda group: group.allreduce([ready], options), options, "the start", None)
+
+    def run(
+        self, start: Callable[[dist.ProcessGroup], dist.Work], options: Any, what: str, timeout_seconds: float | None
+    ) -> None:
+        """Start one operation of the group and wait for its end.
+
+        Raises:
+            MissingRanksError, RankFailedError: as the collectives.
+        Ranks: every rank must call.
+        """
+        options.timeout = _LONG  # the time is kept here, where the missing can be named
+        group = self._group or dist.group.WORLD
+        assert group is not None, "collectives ask for an initialized group first"
+        self._number += 1
+        with self._at(what):
+            self._raise_first_failure()
+            try:
+                work = start(group)
+                self._wait(work, what, timeout_seconds)
+            except (RuntimeError, ValueError) as error:
+                if not is_lost_connection(error):
+                    raise
+                self._explain(error, what)
+                raise
+
+    def node_channel(self) -> NodeChannel:
+        """The way from the local main process to the others of its node, for one message.
+
+        Ranks: every rank of the node must call.
+        """
+        identity = self._identity or Identity.resolve(os.environ)
+        store = self._node_store()
+        self._num_channels += 1
+        return NodeChannel(self, store, f"node/{identity.node_rank}/{self._num_channels}", identity)
+
+    def _node_store(self) -> Store:
+        """The session's store; without a session one of the default group's, whose messages are counted anew."""
+        if self._store is None or (self._bare_store is not None and self._bare_store is not _get_default_store()):
+            self._bare_store = _get_default_store()
+            self._store = PrefixStore("rankwise/bare", self._bare_store.clone())  # type: ignore[attr-defined]
+            self._num_channels = 0
+        return self._store
+
+    def doing(self) -> str:
+        """What this rank is doing, as JSON, for those who wait for it.
+
+        Ranks: local; the lifeline's thread asks.
+        """
+        waiting = self._waiting
+        told = {"number": self._number, "what": self._what, "waiting": waiting}
+        told["seconds"] = round(time.monotonic() - self._since)
+        if not waiting:
+            told["where"] = _where_main_thread_is()
+        return json.dumps(told)
+
+    def say_left(self) -> None:
+        """Tell those who may wait that this rank has left.
+
+        Ranks: local.
+        """
+        is_lost = self.lifeline is not None and self.lifeline.main_is_lost
+        if self._store is not None and self._identity is not None and not is_lost:
+            told = {"number": self._number, "what": self._what, "waiting": False, "left": True}
+            with contextlib.suppress(RuntimeError):
+                self._store.set(f"doing/{self._identity.rank}", json.dumps(told))
+
+    def where_all_are(self, what: str) -> str:
+        """Which ranks are at something else than `what`, in words.
+
+        Ranks: local.
+        """
+        if self._store is None or self._identity is None or self._bare_store is not None:
+            return f"this rank is at {what}, others are not"
+        self._what = what
+        self._store.set(f"doing/{self._identity.rank}", self.doing())
+        time.sleep(_SAY_AFTER_SECONDS)  # the others are saying it too
+        at: dict[str, list[int]] = {}
+        for rank, told in enumerate(self._told()):
+            at.setdefault(told.get("what", "an unknown place"), []).append(rank)
+        return "; ".join(f"rank {_listed(ranks)} at {place}" for place, ranks in at.items())
+
+    def wait_for(self, is_done: Callable[[], bool], what: str) -> None:
+        """Wait until `is_done`.
+
+        Raises:
+            MissingRanksError, RankFailedError: as the collectives.
+        Ranks: local.
+        """
+        with self._at(what):
+            begin = time.monotonic()
+            while not is_done():
+                self._require_hope(what, begin, None)
+                time.sleep(min(0.02, (time.monotonic() - begin) / 20))
+
+    def _require_hope(self, what: str, begin: float, timeout_seconds: float | None) -> None:
+        """Raise if there is no more use in waiting."""
+        self._raise_first_failure()
+        limit = self._timeout_seconds if timeout_seconds is None else timeout_seconds
+        if time.monotonic() - begin > limit:
+            missing, told = self._missing()
+            raise MissingRanksError(f"{what}: the others did not come within {limit:g} s. {told}", missing)
+
+    def _wait(self, work: dist.Work, what: str, timeout_seconds: float | None) -> None:
+        """Wait in the group itself, which is quickest, a moment at a time."""
+        begin, said = time.monotonic(), False
+        while True:
+            try:
+                work.wait(_MOMENT)
+                return
+            except RuntimeError:
+                if work.is_completed():
+                    raise
+            self._require_hope(what, begin, timeout_seconds)
+            if not said and self.lifeline is not None:
+                said = True
+                self.lifeline.post()
+
+    @contextlib.contextmanager
+    def _at(self, what: str) -> Any:
+        self._what, self._waiting, self._since = what, True, time.monotonic()
+        try:
+            yield
+        finally:
+            self._waiting, self._since = False, time.monotonic()
+
+    def _raise_first_failure(self) -> None:
+        if self.lifeline is not None and self.lifeline.first_failure is not None:
+            raise RankFailedError((self.lifeline.first_failure,), "failed first")
+
+    def _explain(self, error: Exception, what: str) -> None:
+        """Raise what really happened, where it can be known: who failed, or who has left."""
+        if self.lifeline is None:
+            return
+        begin = time.monotonic()
+        while time.monotonic() - begin < FIRST_FAILURE_SECONDS:
+            if self.lifeline.heard.wait(0.1):
+                raise RankFailedError((self.lifeline.first_failure,), "failed first") from None  # type: ignore[arg-type]
+            left = tuple(rank for rank, told in enumerate(self._told()) if told.get("left"))
+            if left:
+                raise MissingRanksError(
+                    f"{what}: rank {_listed(left)} has left the session already. All ranks must make the same calls.",
+                    left,
+                ) from None
+
+    def _missing(self) -> tuple[tuple[int, ...], str]:
+        if self._store is None or self._bare_store is not None:
+            return (), "Who is missing is known within `rankwise.init()` only."
+        time.sleep(_SAY_AFTER_SECONDS)  # whoever came in the last moment says so now
+        told = self._told()
+        missing = [
+            rank
+            for rank, other in enumerate(told)
+            if not (other.get("waiting") and other.get("number", 0) >= self._number)
+        ]
+        told_by = "; ".join(f"rank {rank}: {_in_words(told[rank])}" for rank in missing[:_MAX_NAMED])
+        more = f"; and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
+        return tuple(missing), f"Missing are {told_by}{more}."
+
+    def _told(self) -> list[dict[str, Any]]:
+        """What each rank last said that it is doing; empty for one that has said nothing."""
+        assert self._store is not None, "asked within a session only"
+        found: list[dict[str, Any]] = []
+        for rank in range(dist.get_world_size()):
+            with contextlib.suppress(RuntimeError):
+                key = f"doing/{rank}"
+                found.append(json.loads(self._store.get(key)) if self._store.check([key]) else {})
+        return found
+
+
+class NodeChannel:
+    """One message from the local main process to the other processes of its node."""
+
+    def __init__(self, link: Link, store: Store, key: str, identity: Identity) -> None:
+        self.is_source = identity.is_local_main_process
+        self._link = link
+        self._store = store
+        self._key = key
+        self._num_readers = identity.local_world_size - 1
+
+    def send(self, payload: bytes) -> None:
+        """Leave the message for the others of this node.
+
+        Ranks: the local main process only.
+        """
+        if self._num_readers:
+            self._store.set(self._key, payload.hex())
+
+    def receive(self, what: str) -> bytes:
+        """Wait for the message.
+
+        Raises:
+            MissingRanksError, RankFailedError: as the collectives.
+        Ranks: all of the node but the local main process.
+        """
+        self._link.wait_for(lambda: bool(self._store.check([self._key])), what)
+        payload = bytes.fromhex(self._store.get(self._key).decode())
+        if self._store.add(f"{self._key}/read", 1) == self._num_readers:
+            for key in (self._key, f"{self._key}/read"):
+                self._store.delete_key(key)
+        return payload
+
+
+_bare = Link()
+_link: Link | None = None
+
+
+def link() -> Link:
+    """The open session's link; without a session a bare one, through the group that is there.
+
+    Ranks: local.
+    """
+    return _link or _bare
+
+
+def use_link(new: Link | None) -> None:
+    """Send what ranks do together through `new`; None means that there is no session.
+
+    Ranks: every rank must call, with a link to the same group. Sessions do.
+    """
+    global _link
+    _link = new
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error, or what it came from, tells of another rank that is gone, rather than of this one.
+
+    Ranks: local.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, dist.DistError):
+            return True
+        if isinstance(seen, RuntimeError) and any(words in str(seen) for words in _LOST_CONNECTION):
+            return True
+        # What it was merely raised in the handling of is no cause: an error of ours while we tidy up stays ours.
+        seen = seen.__cause__
+    return False
+
+
+def _where_main_thread_is() -> str:
+    """File, line and function of the innermost frame that is the user's own."""
+    frame: FrameType | None = sys._current_frames().get(threading.main_thread().ident or 0)
+    innermost = frame
+    while frame is not None and frame.f_code.co_filename.startswith((*_OWN_FOLDERS, "<frozen")):
+        frame = frame.f_back
+    frame = frame or innermost
+    if frame is None:
+        return ""
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _in_words(told: dict[str, Any]) -> str:
+    if not told:
+        return "it has said nothing"
+    last = f"{told['what']} (number {told['number']})"
+    if told.get("left"):
+        return f"left the session after {last}"
+    if told.get("waiting"):
+        return f"waits at {last} since {told['seconds']} s"
+    where = f", now at {told['where']}" if told.get("where") else ""
+    return f"last at {last}, {told['seconds']} s ago{where}"
+
+
+def _listed(ranks: tuple[int, ...] | list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:_MAX_NAMED]))
+    return f"{shown}, ..." if len(ranks) > _MAX_NAMED else shown
