@@ -72,11 +72,14 @@ def in_words(failure: RankFailure, verb: str = "failed first") -> str:
 
 
 def has_launcher(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether `rankwise run` started this rank, and so has the last word.
+    """Whether `rankwise run` started this rank and has the last word: it speaks when the job ends, and not before.
 
     Ranks: local.
     """
-    return bool(environ.get(FOLDER)) and os.path.isdir(environ[FOLDER])
+    if not environ.get(FOLDER) or not os.path.isdir(environ[FOLDER]):
+        return False
+    # A failure after which the agent starts all ranks again would be told by nobody.
+    return environ.get("TORCHELASTIC_RESTART_COUNT", "0") == environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
 
 
 def tell_launcher(failure: RankFailure, environ: Mapping[str, str] = os.environ) -> bool:

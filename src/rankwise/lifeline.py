@@ -65,7 +65,6 @@ class Lifeline:
         self._selector = selectors.DefaultSelector()
         self._peers: dict[socket.socket, _Peer] = {}
         self._closing = False
-        self._main_left = False
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._wake_receiver.setblocking(False)
         self._selector.register(self._wake_receiver, selectors.EVENT_READ)
@@ -117,7 +116,7 @@ class Lifeline:
         _open_lifelines.discard(self)
         if self._identity.is_main_process:
             deadline = time.monotonic() + linger_seconds
-            while self._peers and time.monotonic() < deadline:
+            while self._has_ranks() and time.monotonic() < deadline:
                 time.sleep(0.01)
         self._closing = True
         self._wake(b"c")
@@ -129,6 +128,9 @@ class Lifeline:
             if handle is not None:
                 with contextlib.suppress(OSError):
                     os.close(handle.detach())
+
+    def _has_ranks(self) -> bool:
+        return any(peer.rank is not None for peer in list(self._peers.values()))
 
     def _wake(self, byte: bytes) -> None:
         with contextlib.suppress(OSError):
@@ -232,7 +234,7 @@ class Lifeline:
                 self._spread()
             elif "bye" in told:
                 peer.left = True
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             self._forget(connection)
 
     def _lose(self, connection: socket.socket, peer: _Peer) -> None:
@@ -256,6 +258,8 @@ class Lifeline:
 
     def _spread(self) -> None:
         """Somebody, or this rank, has left a failure in the store: everybody hears the first."""
+        if self.main_is_lost:  # and the store with it
+            return
         with contextlib.suppress(RuntimeError):
             if self._store.check([FIRST_FAILURE]):
                 self._learn(RankFailure(**json.loads(self._store.get(FIRST_FAILURE))))

@@ -25,12 +25,10 @@ from rankwise.files import write_atomic
 from rankwise.group import Connection, tell_contradiction
 from rankwise.identity import Identity
 from rankwise.parent import end_with_parent
-from rankwise.waiting import is_lost_connection
+from rankwise.waiting import FIRST_FAILURE_SECONDS, is_lost_connection
 
 RUN_FORMAT = 1
 """Version of the layout of run.json."""
-
-FIRST_FAILURE_SECONDS = 5.0
 
 _logger = logs.get_logger(__name__)
 _open_session: Session | None = None

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
 import re
 import socket
+import stat
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +32,7 @@ from rankwise.rendezvous import MeetingPoint, find_meeting_point
 
 _LAUNCHERS = ("hydra", "mpirun", "mpiexec", "orted", "prte", "orterun", "pmi_proxy", "palsd", "jsrun", "jskd")
 _PORT_SECONDS = 20.0
+_ANSWER_SECONDS = 5.0
 _store: Store | None = None
 
 
@@ -47,20 +50,25 @@ def find_store(identity: Identity, timeout: timedelta, is_stopped: Callable[[], 
     """
     global _store
     if _store is None:
-        found: Future[Store] = Future()
-
-        def find() -> None:
-            try:
-                found.set_result(_meet(identity, timeout))
-            except BaseException as error:
-                found.set_exception(error)
-
         # In a thread, because connecting waits where no signal handler runs; it ends by its own timeout.
-        threading.Thread(target=find, name="rankwise-rendezvous", daemon=True).start()
+        found = _in_thread(lambda: _meet(identity, timeout))
         if not wait_until(found.done, math.inf, is_stopped):
             raise StoppedError(f"rank {identity.rank} was asked to stop before it found the other ranks.")
         _store = found.result()
     return _store
+
+
+def _in_thread(call: Callable[[], Store]) -> Future[Store]:
+    found: Future[Store] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(call())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, name="rankwise-rendezvous", daemon=True).start()
+    return found
 
 
 def wait_until(
@@ -89,7 +97,13 @@ def _meet(identity: Identity, timeout: timedelta) -> Store:
     if point.address is None:
         raise LaunchError(f"{identity.launcher} gives no address to meet at. Set MASTER_ADDR and MASTER_PORT.")
     if point.port is None:
-        return _meet_through_a_file(identity, point, timeout)
+        try:
+            return _meet_through_a_file(identity, point, timeout)
+        except OSError as error:
+            raise RankwiseError(
+                f"rank {identity.rank} cannot tell the others its port in a file: {error}. Set MASTER_ADDR and "
+                "MASTER_PORT, or TMPDIR to a folder that this process can write."
+            ) from error
     if identity.launcher == "torchrun" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # The agent hosts the store, and ranks that it starts again must not find what the last ones left there.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -115,8 +129,8 @@ def _resolvable(address: str, identity: Identity) -> str:
 
 def _host(identity: Identity, address: str, port: int, timeout: timedelta) -> Store:
     try:
-        return TCPStore(address, port, None, True, timeout, wait_for_workers=False)
-    except (dist.DistError, RuntimeError) as error:
+        return _open(address, port, timeout, is_host=True)
+    except (dist.DistError, RuntimeError, TimeoutError) as error:
         if "EADDRINUSE" in str(error) or "already in use" in str(error):
             # If another process that claims rank 0 holds the port, the roll call names both.
             with contextlib.suppress(RankwiseError):
@@ -132,8 +146,8 @@ def _host(identity: Identity, address: str, port: int, timeout: timedelta) -> St
 
 def _connect(identity: Identity, address: str, port: int, timeout: timedelta) -> Store:
     try:
-        return TCPStore(address, port, None, False, timeout)
-    except (dist.DistError, RuntimeError) as error:
+        return _open(address, port, timeout, is_host=False)
+    except (dist.DistError, RuntimeError, TimeoutError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         where = f"rank {identity.rank} of {identity.world_size} found no rank 0 at {address}:{port}"
         raise RankwiseError(
@@ -142,24 +156,32 @@ def _connect(identity: Identity, address: str, port: int, timeout: timedelta) ->
         ) from error
 
 
+def _open(address: str, port: int, timeout: timedelta, *, is_host: bool) -> Store:
+    """torch's store; its own timeout does not end the wait for a program that takes connections and says nothing."""
+    opened = _in_thread(lambda: TCPStore(address, port, None, is_host, timeout, wait_for_workers=False))
+    try:
+        return opened.result(timeout.total_seconds() + _ANSWER_SECONDS)
+    except TimeoutError:
+        raise TimeoutError("what listens there does not answer as a store does") from None
+
+
 def _meet_through_a_file(identity: Identity, point: MeetingPoint, timeout: timedelta) -> Store:
     """All processes are on one node and nobody gave a port: rank 0 takes a free one and tells it in a file.
 
     The folder is this user's alone, and the file names the job by what its processes share: a token of the launcher,
     or the launcher's own process, which all of them descend from.
     """
-    folder = Path(tempfile.gettempdir(), f"rankwise-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.lstat().st_uid != os.getuid() or folder.lstat().st_mode & 0o077:
-        raise LaunchError(f"{folder} is not this user's alone. Remove it, or set MASTER_ADDR and MASTER_PORT.")
+    folder = _own_folder()
     name = "".join(c if c.isalnum() else "-" for c in point.token or _launcher_process())
     path = folder / f"{name}.json"
-    if identity.is_main_process and _told_port(path) is None:
-        store = TCPStore(point.address or "127.0.0.1", 0, None, True, timeout, wait_for_workers=False)
-        here = {"port": store.port, "pid": os.getpid(), "started": start_time(os.getpid())}
-        write_atomic(path, json.dumps(here))
-        _forget_at_exit(path)
-        return store
+    if identity.is_main_process:
+        with _locked(folder):  # two that claim rank 0 must not both host a store: the roll call could not name them
+            if _told_port(path) is None:
+                store = TCPStore(point.address or "127.0.0.1", 0, None, True, timeout, wait_for_workers=False)
+                here = {"port": store.port, "pid": os.getpid(), "started": start_time(os.getpid())}
+                write_atomic(path, json.dumps(here))
+                _forget_at_exit(path)
+                return store
     deadline = time.monotonic() + timeout.total_seconds()
     while (port := _told_port(path)) is None:
         if time.monotonic() > deadline:
@@ -169,6 +191,26 @@ def _meet_through_a_file(identity: Identity, point: MeetingPoint, timeout: timed
             )
         time.sleep(0.02)
     return _connect(identity, point.address or "127.0.0.1", port, timeout)
+
+
+def _own_folder() -> Path:
+    folder = Path(tempfile.gettempdir(), f"rankwise-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise LaunchError(f"{folder} is not this user's alone. Remove it, or set MASTER_ADDR and MASTER_PORT.")
+    return folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _told_port(path: Path) -> int | None:

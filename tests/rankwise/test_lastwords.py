@@ -59,7 +59,9 @@ def test_first_failure_that_is_left_for_the_launcher_stays_and_the_last_restart_
     assert lastwords.tell_launcher(FAILURE, environ)
     assert lastwords.tell_launcher(second, environ)
     assert lastwords.told_to_launcher(tmp_path) == FAILURE
-    assert lastwords.tell_launcher(second, environ | {"TORCHELASTIC_RESTART_COUNT": "10"})
+    restarted = {"TORCHELASTIC_RESTART_COUNT": "10", "TORCHELASTIC_MAX_RESTARTS": "10"}
+    assert not lastwords.tell_launcher(second, environ | restarted | {"TORCHELASTIC_RESTART_COUNT": "9"})
+    assert lastwords.tell_launcher(second, environ | restarted)
     assert lastwords.told_to_launcher(tmp_path) == second
     assert sorted(os.listdir(tmp_path)) == ["first-0.json", "first-10.json"]
 

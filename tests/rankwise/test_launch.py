@@ -129,6 +129,21 @@ def test_script_that_knows_nothing_of_us_has_its_traceback_at_the_end_and_once(s
     assert result.stderr.count("Traceback") == 1
 
 
+def test_failure_before_a_restart_is_printed_then(script: Callable[[str], str]) -> None:
+    body = """
+import rankwise
+with rankwise.init(device_type="cpu", timeout_seconds=60):
+    rankwise.barrier("together")
+    if rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        raise ValueError("boom")
+    rankwise.barrier("again")
+os.write(1, b"done\\n")
+"""
+    result = run("--max-restarts", "1", script(body))
+    assert (result.returncode, result.stdout) == (0, "done\ndone\n")
+    assert result.stderr.count("ValueError: boom") == 1
+
+
 def test_log_directory_gets_the_output_of_every_rank(script: Callable[[str], str], tmp_path: Path) -> None:
     result = run("--log-dir", str(tmp_path / "logs"), script("print('said by', rank, flush=True)"))
     assert result.returncode == 0
