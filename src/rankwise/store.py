@@ -180,6 +180,9 @@ def _meet_through_a_file(identity: Identity, point: MeetingPoint, timeout: timed
                 store = TCPStore(point.address or "127.0.0.1", 0, None, True, timeout, wait_for_workers=False)
                 here = {"port": store.port, "pid": os.getpid(), "started": start_time(os.getpid())}
                 write_atomic(path, json.dumps(here))
+        for other in folder.glob("*.json"):
+            if _told_port(other) is None:  # of a job that was killed
+                other.unlink(missing_ok=True)
                 _forget_at_exit(path)
                 return store
     deadline = time.monotonic() + timeout.total_seconds()
@@ -207,7 +210,8 @@ def _own_folder() -> Path:
 def _locked(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # some file systems lock no folders
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

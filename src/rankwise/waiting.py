@@ -262,9 +262,10 @@ class Link:
         assert self._store is not None, "asked within a session only"
         found: list[dict[str, Any]] = []
         for rank in range(dist.get_world_size()):
+            found.append({})
             with contextlib.suppress(RuntimeError):
-                key = f"doing/{rank}"
-                found.append(json.loads(self._store.get(key)) if self._store.check([key]) else {})
+                if self._store.check([f"doing/{rank}"]):
+                    found[rank] = json.loads(self._store.get(f"doing/{rank}"))
         return found
 
 

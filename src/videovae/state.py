@@ -110,6 +110,9 @@ def build_state(
     perceptual = _load_perceptual(config, device)
     settings = config.optimizer
     scaled = config.precision == "fp16"
+    num_workers = config.clips.num_workers
+    if num_workers is None:
+        num_workers = rankwise.loader_workers(identity.local_world_size, launcher=identity.launcher)
     state = TrainState(
         vae=vae,
         discriminator=discriminator,
@@ -136,7 +139,7 @@ def build_state(
             rank=identity.rank,
             world_size=identity.world_size,
             batch_size=config.clips.batch_size,
-            num_workers=config.clips.num_workers,
+            num_workers=num_workers,
             pin_memory=device.type == "cuda",
         ),
         rng=rankwise.RngState(device),

@@ -47,8 +47,9 @@ class ClipsConfig:
     """Clips that are cut from each video in an epoch."""
     batch_size: int = 1
     """Clips per rank and step."""
-    num_workers: int = 2
-    """Processes per rank that decode; 0 decodes in the training process, between the steps."""
+    num_workers: int | None = None
+    """Processes per rank that decode; 0 decodes in the training process, between the steps. None: this node's cores
+    divided by its ranks, less the one that trains, at most 8."""
     num_heldout_clips: int = 8
     """Clips that are evaluated and never trained on, of all ranks together."""
     max_failed_fraction: float = 0.5
@@ -59,7 +60,7 @@ class ClipsConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"clips.{name} is {getattr(self, name)}; give 1 or more.")
         for name in ("num_workers", "num_heldout_clips"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"clips.{name} is {getattr(self, name)}; give 0 or more.")
         if self.num_frames % 4 != 1:
             below = self.num_frames - (self.num_frames - 1) % 4
