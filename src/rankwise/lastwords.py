@@ -37,9 +37,18 @@ def set_last_words(error: BaseException, words: str) -> None:
         sys.excepthook = _hook_before(sys.excepthook)
 
 
+def last_words(error: BaseException) -> str | None:
+    """What a program that catches the error of a session should print for it: empty where others do, None: as it likes.
+
+    Ranks: local.
+    """
+    words: str | None = getattr(error, _ATTRIBUTE, None)
+    return words
+
+
 def _hook_before(previous: _Hook) -> _Hook:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        words = getattr(error, _ATTRIBUTE, None)
+        words = last_words(error)
         if words is None:
             previous(kind, error, trace)
         elif words:

@@ -6,7 +6,6 @@ import importlib
 import io
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import tyro
 
 import rankwise
 from rankwise.errors import RankwiseError
+from rankwise.lastwords import last_words
 
 if TYPE_CHECKING:
     from videovae.config import TrainConfig
@@ -53,8 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[given[0]](given[1:])
     except (RankwiseError, OSError) as error:
-        if _is_said_here(error):
-            print(f"error: {error}", file=sys.stderr)
+        words = last_words(error)
+        if words is None and _is_said_here(error):
+            words = f"error: {error}"
+        if words:
+            print(words.rstrip(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -73,9 +76,6 @@ def _is_said_here(error: RankwiseError | OSError) -> bool:
         return identity.is_main_process
     if isinstance(error, rankwise.LaunchError):
         return identity.is_local_main_process  # nodes may differ in it
-    if isinstance(error, rankwise.RankFailedError):
-        # That rank has told it itself; another node may have another console.
-        return identity.is_local_main_process and error.failures[0].host != socket.gethostname()
     return True
 
 
