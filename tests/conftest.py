@@ -8,6 +8,8 @@ from jaxtyping import install_import_hook
 
 # Before torch is imported: two processes that each take every core are many times slower than one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Every connection of torch's store asks the name service for a name, and waits 5 s where it does not answer.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 # Modules that hold settings are left out: a value of the wrong type has to meet their own message.
 install_import_hook(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import json
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +25,7 @@ from rankwise.errors import DeviceError, LaunchError, RankFailedError, RankFailu
 from rankwise.identity import Identity
 from rankwise.lifeline import FIRST_FAILURE, Lifeline
 from rankwise.rollcall import call_roll, consult
-from rankwise.store import find_store
+from rankwise.store import find_interface, find_store, in_thread, wait_until
 from rankwise.visible import is_sharing_asked, visible_text
 from rankwise.waiting import Link, use_link
 
@@ -216,7 +218,9 @@ class Connection:
     def _make_group(self, identity: Identity, backend: str | None) -> None:
         store: Store = HashStore() if self._store is None else self._store
         self._leave = self._destroy_group
-        with _gloo_on_loopback(self._one_machine):
+
+        def make() -> dist.ProcessGroup | None:
+            self._use_device()
             dist.init_process_group(
                 backend or _default_backend(self._device),
                 store=PrefixStore("group", store.clone() if self._store is not None else store),  # type: ignore[attr-defined]
@@ -225,7 +229,17 @@ class Connection:
                 timeout=self._timeout,
                 device_id=self._device if self._device.index is not None else None,
             )
-            cpu_group = _make_cpu_side(self._timeout)
+            return _make_cpu_side(self._timeout)
+
+        def is_made() -> bool:
+            self._raise_if_lost()
+            return made.done()
+
+        with _gloo_interface(self._one_machine):
+            # In a thread, because connecting waits for a rank that has failed, and where no signal handler runs.
+            made = in_thread(make, "rankwise-group")
+            wait_until(is_made, math.inf, lambda: False)
+            cpu_group = made.result()
         if self._link is not None:
             self._link.set_group(cpu_group)
             # Gloo connects pair by pair: a rank that is done and leaves now would break those that still connect.
@@ -243,11 +257,17 @@ class Connection:
         if dist.group.WORLD is None:  # it could not be made
             return
         with contextlib.suppress(RuntimeError):
-            if self._device.index is not None:
-                torch.accelerator.set_device_index(self._device.index)  # a new thread starts on device 0
+            self._use_device()
             if failed:
+                # For good: what waits in it for a rank that is gone would hold up whoever frees it, and the exit.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
                 dist.group.WORLD.abort()
         _forget(None)
+
+    def _use_device(self) -> None:
+        """In a thread of ours: a new one starts on device 0."""
+        if self._device.index is not None:
+            torch.accelerator.set_device_index(self._device.index)
 
 
 def tell_contradiction(error: LaunchError, environ: Mapping[str, str]) -> None:
@@ -297,13 +317,14 @@ def _make_cpu_side(timeout: timedelta) -> dist.ProcessGroup | None:
 
 
 @contextlib.contextmanager
-def _gloo_on_loopback(one_machine: bool) -> Iterator[None]:
-    """Where nobody is elsewhere, gloo needs no network, and no host name that resolves."""
+def _gloo_interface(one_machine: bool) -> Iterator[None]:
+    """Loopback where nobody is elsewhere; else gloo takes the address of this host's name, if others can reach that."""
     name = "GLOO_SOCKET_IFNAME"
-    if not one_machine or name in os.environ or not os.path.exists("/sys/class/net/lo"):
+    interface = "lo" if one_machine else find_interface()
+    if interface is None or name in os.environ or not os.path.exists(f"/sys/class/net/{interface}"):
         yield
         return
-    os.environ[name] = "lo"
+    os.environ[name] = interface
     try:
         yield
     finally:

@@ -143,8 +143,10 @@ class Lifeline:
         self._selector.register(self._listener, selectors.EVENT_READ)
         told = {
             "port": self._listener.getsockname()[1],
+            "host": self._identity.hostname,
             "nonce": self._nonce,
             "machine": machine(),
+            "pid": os.getpid(),
             "addresses": _own_addresses(),
         }
         self._store.set("lifeline", json.dumps(told))
@@ -158,7 +160,7 @@ class Lifeline:
                 hello = {"nonce": told["nonce"], "rank": self._identity.rank, "pid": os.getpid()}
                 hello["host"] = self._identity.hostname
                 connection.sendall(json.dumps(hello).encode() + b"\n")
-                self._add(connection, _Peer(rank=0, host=told["machine"].partition(":")[0]))
+                self._add(connection, _Peer(rank=0, host=told["host"], pid=told["pid"]))
                 return
         _logger.warning(
             "rank %d cannot reach rank 0 at %s port %d: if a rank dies, this one hears of it only from its broken "
@@ -299,10 +301,10 @@ class Lifeline:
 class _Peer:
     """The process at the other end of a connection."""
 
-    def __init__(self, rank: int | None = None, host: str = "") -> None:
+    def __init__(self, rank: int | None = None, host: str = "", pid: int | None = None) -> None:
         self.rank = rank
         self.host = host
-        self.pid: int | None = None
+        self.pid = pid
         self.rest = b""
         self.left = False
 

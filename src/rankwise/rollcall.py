@@ -10,19 +10,24 @@ import contextlib
 import dataclasses
 import json
 import os
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from rankwise.errors import LaunchError, MissingRanksError, RankwiseError, StoppedError
 from rankwise.identity import ASSUMED, Identity
-from rankwise.store import machine, wait_until
+from rankwise.store import container, machine, wait_until
 
 STOP_GRACE_SECONDS = 5.0
 """How long a rank that was asked to stop still waits for the others to start."""
+
+PART_SECONDS = 3.0
+"""How long rank 0 waits, after a start that failed, for the others to hear why."""
 
 VERIFIED = "store"
 """The source of a field that the environment did not prove, once all ranks have told where they are."""
@@ -52,6 +57,7 @@ def call_roll(
         **{name: getattr(identity, name) for name in ("rank", "world_size", "hostname", *_LOCAL_FIELDS)},
         "assumed": _assumed(identity),
         "machine": machine(),
+        "container": container(),
         "pid": os.getpid(),
     }
     claimed = store.compare_set(f"roll/{identity.rank}", "", json.dumps(row))
@@ -109,6 +115,14 @@ def consult(
         store.set(f"{name}/complete", "")
 
     def is_judged() -> bool:
+        try:
+            return is_verdict_there()
+        except (dist.DistError, RuntimeError) as lost:
+            raise RankwiseError(
+                f"rank {rank} lost rank 0 while the ranks gathered: {str(lost).splitlines()[0]} See its output."
+            ) from None
+
+    def is_verdict_there() -> bool:
         if store.check([key]):
             return True
         check()
@@ -120,18 +134,30 @@ def consult(
 
     try:
         judged = wait_until(is_judged, timeout.total_seconds(), is_stopped, STOP_GRACE_SECONDS)
+        if not judged:
+            raise _missing(store, name, world_size, timeout, stopped=is_stopped())
     except BaseException as gave_up:
         # Those who still wait must not wait for a rank that has left.
-        _tell(store, key, gave_up, rank)
-        raise
-    if not judged:
-        error = _missing(store, name, world_size, timeout, stopped=is_stopped())
-        _tell(store, key, error, rank)
-        raise error
+        told = _tell(store, key, gave_up, rank)
+        if not isinstance(gave_up, MissingRanksError) or told is None or "error" in told:
+            _part(store, name, rank)
+            raise
+        # The last rank came in the very moment in which the time was up, and the others go on.
     answer: Row = json.loads(store.get(key))
     if "error" in answer:
+        _part(store, name, rank)
         raise _error_of(answer)
     return answer
+
+
+def _part(store: Store, name: str, rank: int) -> None:
+    """After a bad end: rank 0, whose process may host the store, leaves when the others who came have heard of it."""
+    deadline = time.monotonic() + PART_SECONDS
+    with contextlib.suppress(RuntimeError):
+        num_heard = store.add(f"{name}/heard", 1)
+        while rank == 0 and num_heard < store.add(f"{name}/num", 0) and time.monotonic() < deadline:
+            time.sleep(0.02)
+            num_heard = store.add(f"{name}/heard", 0)
 
 
 def judge_places(rows: Sequence[Mapping[str, Any]]) -> Row:
@@ -146,9 +172,9 @@ def judge_places(rows: Sequence[Mapping[str, Any]]) -> Row:
     if not any(row["assumed"] for row in rows):
         error = _contradiction(rows)
         return {"kind": "launch", "error": error} if error else answer
-    nodes: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    nodes: dict[tuple[str, str, str], list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
-        nodes[row["hostname"], row["machine"]].append(row)
+        nodes[row["hostname"], row["machine"], row["container"]].append(row)
     places = []
     for node_rank, members in enumerate(nodes.values()):
         for local_rank, row in enumerate(members):
@@ -221,8 +247,13 @@ def _missing(store: Store, name: str, world_size: int, timeout: timedelta, *, st
     return StoppedError(told) if stopped else MissingRanksError(told, tuple(missing))
 
 
-def _tell(store: Store, key: str, error: BaseException, rank: int) -> None:
+def _tell(store: Store, key: str, error: BaseException, rank: int) -> Row | None:
+    """Leave the error as the verdict; what comes back is the verdict that was there first, None where all is lost."""
     kind = "launch" if isinstance(error, LaunchError) else "other"
     words = f"rank {rank} gave up: {type(error).__name__}: {error}"
     with contextlib.suppress(RuntimeError):  # the store is gone, and with it everybody who could be told
-        store.compare_set(key, "", json.dumps({"kind": kind, "error": words, "judged": False}))
+        verdict: Row = json.loads(
+            store.compare_set(key, "", json.dumps({"kind": kind, "error": words, "judged": False}))
+        )
+        return verdict
+    return None

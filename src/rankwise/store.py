@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch.distributed as dist
@@ -30,10 +31,13 @@ from rankwise.identity import Identity
 from rankwise.parent import start_time
 from rankwise.rendezvous import MeetingPoint, find_meeting_point
 
+T = TypeVar("T")
+
 _LAUNCHERS = ("hydra", "mpirun", "mpiexec", "orted", "prte", "orterun", "pmi_proxy", "palsd", "jsrun", "jskd")
 _PORT_SECONDS = 20.0
 _ANSWER_SECONDS = 5.0
 _store: Store | None = None
+_met_at: str | None = None
 
 
 def find_store(identity: Identity, timeout: timedelta, is_stopped: Callable[[], bool]) -> Store:
@@ -51,15 +55,19 @@ def find_store(identity: Identity, timeout: timedelta, is_stopped: Callable[[], 
     global _store
     if _store is None:
         # In a thread, because connecting waits where no signal handler runs; it ends by its own timeout.
-        found = _in_thread(lambda: _meet(identity, timeout))
+        found = in_thread(lambda: _meet(identity, timeout), "rankwise-rendezvous")
         if not wait_until(found.done, math.inf, is_stopped):
             raise StoppedError(f"rank {identity.rank} was asked to stop before it found the other ranks.")
         _store = found.result()
     return _store
 
 
-def _in_thread(call: Callable[[], Store]) -> Future[Store]:
-    found: Future[Store] = Future()
+def in_thread(call: Callable[[], T], name: str) -> Future[T]:
+    """What `call` will return, or raise, from a thread that does not keep the process alive.
+
+    Ranks: local.
+    """
+    found: Future[T] = Future()
 
     def run() -> None:
         try:
@@ -67,7 +75,7 @@ def _in_thread(call: Callable[[], Store]) -> Future[Store]:
         except BaseException as error:
             found.set_exception(error)
 
-    threading.Thread(target=run, name="rankwise-rendezvous", daemon=True).start()
+    threading.Thread(target=run, name=name, daemon=True).start()
     return found
 
 
@@ -88,7 +96,7 @@ def wait_until(
             stopping, deadline = True, min(deadline, now + grace_seconds)
         if now >= deadline:
             return False
-        time.sleep(min(1.0, max(0.01, (now - start) / 8)))
+        time.sleep(min(0.5, max(0.01, (now - start) / 8)))
     return True
 
 
@@ -108,17 +116,18 @@ def _meet(identity: Identity, timeout: timedelta) -> Store:
         # The agent hosts the store, and ranks that it starts again must not find what the last ones left there.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return PrefixStore(f"/worker/attempt_{attempt}", _connect(identity, point.address, point.port, timeout))
-    address = _resolvable(point.address, identity)
+    global _met_at
+    _met_at = address = _resolvable(point.address)
     meet = _host if identity.is_main_process else _connect
     return meet(identity, address, point.port, timeout)
 
 
-def _resolvable(address: str, identity: Identity) -> str:
+def _resolvable(address: str) -> str:
     """The address itself, or what Slurm knows for a node whose name the name service does not."""
     try:
         socket.getaddrinfo(address, None)
     except (OSError, UnicodeError):
-        if identity.launcher == "slurm":
+        if "SLURM_JOB_ID" in os.environ:
             with contextlib.suppress(OSError, subprocess.SubprocessError):
                 command = ["scontrol", "show", "node", "--oneliner", address]
                 told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
@@ -158,11 +167,29 @@ def _connect(identity: Identity, address: str, port: int, timeout: timedelta) ->
 
 def _open(address: str, port: int, timeout: timedelta, *, is_host: bool) -> Store:
     """torch's store; its own timeout does not end the wait for a program that takes connections and says nothing."""
-    opened = _in_thread(lambda: TCPStore(address, port, None, is_host, timeout, wait_for_workers=False))
+    if not is_host:
+        _wait_for_listener(address, port, timeout.total_seconds())
+    opened = in_thread(
+        lambda: TCPStore(address, port, None, is_host, timeout, wait_for_workers=False), "rankwise-rendezvous"
+    )
     try:
         return opened.result(timeout.total_seconds() + _ANSWER_SECONDS)
     except TimeoutError:
         raise TimeoutError("what listens there does not answer as a store does") from None
+
+
+def _wait_for_listener(address: str, port: int, timeout_seconds: float) -> None:
+    """Until somebody listens there; torch's own retries overrun their timeout and print C++ stacks."""
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            remaining = max(0.1, deadline - time.monotonic())
+            socket.create_connection((address, port), timeout=min(5.0, remaining)).close()
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() >= deadline:
+                raise TimeoutError(str(error)) from None
+        time.sleep(0.1)
 
 
 def _meet_through_a_file(identity: Identity, point: MeetingPoint, timeout: timedelta) -> Store:
@@ -176,13 +203,13 @@ def _meet_through_a_file(identity: Identity, point: MeetingPoint, timeout: timed
     path = folder / f"{name}.json"
     if identity.is_main_process:
         with _locked(folder):  # two that claim rank 0 must not both host a store: the roll call could not name them
+            for other in folder.glob("*.json"):
+                if _told_port(other) is None:  # of a job that was killed
+                    other.unlink(missing_ok=True)
             if _told_port(path) is None:
                 store = TCPStore(point.address or "127.0.0.1", 0, None, True, timeout, wait_for_workers=False)
                 here = {"port": store.port, "pid": os.getpid(), "started": start_time(os.getpid())}
                 write_atomic(path, json.dumps(here))
-        for other in folder.glob("*.json"):
-            if _told_port(other) is None:  # of a job that was killed
-                other.unlink(missing_ok=True)
                 _forget_at_exit(path)
                 return store
     deadline = time.monotonic() + timeout.total_seconds()
@@ -247,6 +274,40 @@ def _forget_at_exit(path: Path) -> None:
                 path.unlink()
 
     atexit.register(forget)
+
+
+def find_interface() -> str | None:
+    """The network interface through which this node reaches that of rank 0, if the host's own name leads nowhere.
+
+    Where the name is unknown, or stands for loopback, as on many a cloud image, gloo would listen on loopback.
+
+    Returns:
+        None where the name has an address that others can reach, or no interface is found.
+    Ranks: local.
+    """
+    with contextlib.suppress(OSError):
+        found = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None)}
+        if any(not str(address).startswith(("127.", "::1", "fe80")) for address in found):
+            return None
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((_met_at or "192.0.2.1", 9))  # sends nothing: it only asks which way packets would go
+        own = probe.getsockname()[0]
+        if own.startswith("127."):  # rank 0 itself, by its name
+            return None
+        for name, addresses in psutil.net_if_addrs().items():
+            if any(address.address == own for address in addresses):
+                return name
+    return None
+
+
+def container() -> str:
+    """What tells this container from every other on its machine; the pods of one host may share its network.
+
+    Ranks: local.
+    """
+    with contextlib.suppress(OSError):
+        return os.readlink("/proc/self/ns/pid").strip("pid:[]")
+    return ""
 
 
 def machine() -> str:

@@ -42,6 +42,10 @@ _LOST_CONNECTION = (
 )
 
 
+Place = tuple[int, int]
+"""Node rank and local rank."""
+
+
 class Link:
     """What this rank's collectives go through.
 
@@ -148,7 +152,9 @@ class Link:
         Ranks: local; the lifeline's thread asks.
         """
         waiting = self._waiting
-        told = {"number": self._number, "what": self._what, "waiting": waiting}
+        told: dict[str, Any] = {"number": self._number, "what": self._what, "waiting": waiting}
+        if self._identity is not None:
+            told["place"] = (self._identity.node_rank, self._identity.local_rank)
         told["seconds"] = round(time.monotonic() - self._since)
         if not waiting:
             told["where"] = _where_main_thread_is()
@@ -180,8 +186,8 @@ class Link:
             at.setdefault(told.get("what", "an unknown place"), []).append(rank)
         return "; ".join(f"rank {_listed(ranks)} at {place}" for place, ranks in at.items())
 
-    def wait_for(self, is_done: Callable[[], bool], what: str) -> None:
-        """Wait until `is_done`.
+    def wait_for(self, is_done: Callable[[], bool], what: str, place: Place | None = None) -> None:
+        """Wait until `is_done`, for the process at `place`, or for all.
 
         Raises:
             MissingRanksError, RankFailedError: as the collectives.
@@ -190,15 +196,15 @@ class Link:
         with self._at(what):
             begin = time.monotonic()
             while not is_done():
-                self._require_hope(what, begin, None)
+                self._require_hope(what, begin, None, place)
                 time.sleep(min(0.02, (time.monotonic() - begin) / 20))
 
-    def _require_hope(self, what: str, begin: float, timeout_seconds: float | None) -> None:
+    def _require_hope(self, what: str, begin: float, timeout_seconds: float | None, place: Place | None = None) -> None:
         """Raise if there is no more use in waiting."""
         self._raise_first_failure()
         limit = self._timeout_seconds if timeout_seconds is None else timeout_seconds
         if time.monotonic() - begin > limit:
-            missing, told = self._missing()
+            missing, told = self._missing(place)
             raise MissingRanksError(f"{what}: the others did not come within {limit:g} s. {told}", missing)
 
     def _wait(self, work: dist.Work, what: str, timeout_seconds: float | None) -> None:
@@ -243,7 +249,7 @@ class Link:
                     left,
                 ) from None
 
-    def _missing(self) -> tuple[tuple[int, ...], str]:
+    def _missing(self, place: Place | None) -> tuple[tuple[int, ...], str]:
         if self._store is None or self._bare_store is not None:
             return (), "Who is missing is known within `rankwise.init()` only."
         time.sleep(_SAY_AFTER_SECONDS)  # whoever came in the last moment says so now
@@ -252,6 +258,7 @@ class Link:
             rank
             for rank, other in enumerate(told)
             if not (other.get("waiting") and other.get("number", 0) >= self._number)
+            and (place is None or other.get("place") == list(place))
         ]
         told_by = "; ".join(f"rank {rank}: {_in_words(told[rank])}" for rank in missing[:_MAX_NAMED])
         more = f"; and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
@@ -277,6 +284,7 @@ class NodeChannel:
         self._link = link
         self._store = store
         self._key = key
+        self._main_place = (identity.node_rank, 0)
         self._num_readers = identity.local_world_size - 1
 
     def send(self, payload: bytes) -> None:
@@ -294,7 +302,7 @@ class NodeChannel:
             MissingRanksError, RankFailedError: as the collectives.
         Ranks: all of the node but the local main process.
         """
-        self._link.wait_for(lambda: bool(self._store.check([self._key])), what)
+        self._link.wait_for(lambda: bool(self._store.check([self._key])), what, self._main_place)
         payload = bytes.fromhex(self._store.get(self._key).decode())
         if self._store.add(f"{self._key}/read", 1) == self._num_readers:
             for key in (self._key, f"{self._key}/read"):
