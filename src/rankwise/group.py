@@ -14,6 +14,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
@@ -321,7 +322,7 @@ def _gloo_interface(one_machine: bool) -> Iterator[None]:
     """Loopback where nobody is elsewhere; else gloo takes the address of this host's name, if others can reach that."""
     name = "GLOO_SOCKET_IFNAME"
     interface = "lo" if one_machine else find_interface()
-    if interface is None or name in os.environ or not os.path.exists(f"/sys/class/net/{interface}"):
+    if name in os.environ or interface not in psutil.net_if_addrs():
         yield
         return
     os.environ[name] = interface
