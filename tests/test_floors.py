@@ -34,7 +34,7 @@ FLOORS = {
     "rankwise.checkpoint": 3,
     "rankwise.testing": 4,
     "rankwise.launch": 4,
-    "rankwise.rank": 4,
+    "rankwise.as_rank": 4,
     "rankwise.whoami": 4,
     "rankwise.doctor": 4,
     "rankwise.jobfiles": 4,

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from rankwise.as_rank import BIND
 from rankwise.errors import RankFailure
 from rankwise.lastwords import FOLDER, in_words, print_words, told_to_launcher
 from rankwise.parent import LAUNCHER, launcher_token
-from rankwise.rank import BIND
 from rankwise.threads import threads_per_process
 
 if TYPE_CHECKING:
@@ -170,9 +170,9 @@ def _names_no_rendezvous(args: argparse.Namespace) -> bool:
 
 
 def _with_last_words(entrypoint: object, command: Sequence[str]) -> list[str]:
-    """The command of a Python script, run by `rankwise.rank`, which leaves the traceback of a failure for us."""
+    """The command of a Python script, run by `rankwise.as_rank`, which leaves the traceback of a failure for us."""
     if entrypoint == sys.executable and command[:1] == ["-u"]:
-        return ["-u", "-m", "rankwise.rank", *command[1:]]
+        return ["-u", "-m", "rankwise.as_rank", *command[1:]]
     return list(command)
 
 

@@ -29,6 +29,7 @@ FIRST_FAILURE_SECONDS = 5.0
 _LONG = timedelta(days=30)
 _MOMENT = timedelta(seconds=0.1)
 _SAY_AFTER_SECONDS = 0.2
+_SETTLE_SECONDS = 1.2
 _MAX_NAMED = 8
 _OWN_FOLDERS = tuple(f"{Path(file).parent}{os.sep}" for file in (os.__file__, torch.__file__, __file__))
 _LOST_CONNECTION = (
@@ -252,17 +253,21 @@ class Link:
     def _missing(self, place: Place | None) -> tuple[tuple[int, ...], str]:
         if self._store is None or self._bare_store is not None:
             return (), "Who is missing is known within `rankwise.init()` only."
-        time.sleep(_SAY_AFTER_SECONDS)  # whoever came in the last moment says so now
+        time.sleep(_SETTLE_SECONDS)  # every rank that is alive says where it is within a second
         told = self._told()
-        missing = [
-            rank
-            for rank, other in enumerate(told)
-            if not (other.get("waiting") and other.get("number", 0) >= self._number)
-            and (place is None or other.get("place") == list(place))
-        ]
+        own = self._identity.rank if self._identity is not None else None
+        missing = [rank for rank, other in enumerate(told) if rank != own and self._is_awaited(other, place)]
         told_by = "; ".join(f"rank {rank}: {_in_words(told[rank])}" for rank in missing[:_MAX_NAMED])
         more = f"; and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
+        if not missing:
+            return (), "All have come, but the group did not bring them together."
         return tuple(missing), f"Missing are {told_by}{more}."
+
+    def _is_awaited(self, other: dict[str, Any], place: Place | None) -> bool:
+        """Whether a rank has not come to the call at which this one waits, for all or for the process at `place`."""
+        if place is not None:
+            return other.get("place") == list(place)
+        return "left" in other or (other.get("number"), other.get("what")) != (self._number, self._what)
 
     def _told(self) -> list[dict[str, Any]]:
         """What each rank last said that it is doing; empty for one that has said nothing."""

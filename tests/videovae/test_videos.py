@@ -4,14 +4,12 @@ import dataclasses
 import logging
 import shutil
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 import rankwise
-from rankwise import collectives
+from rankwise import waiting
 from rankwise.testing import on_ranks
 from videovae import videos as module
 from videovae.config import TrainConfig
@@ -43,7 +41,7 @@ def test_a_folder_may_take_longer_than_the_ranks_wait_for_each_other(tiny: Train
     index_builder.probe = look_slowly
     config = dataclasses.replace(tiny, timeout_seconds=TIMEOUT_SECONDS)
     with rankwise.init() as session:
-        collectives.use_cpu_group(dist.new_group(backend="gloo", timeout=timedelta(seconds=TIMEOUT_SECONDS)))
+        waiting.link()._timeout_seconds = TIMEOUT_SECONDS
         videos = open_videos(config, session)
         assert videos is not None
         assert [len(part) for part in videos] == [4, 1]

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-OURS, PYTHONS = ["-m", "rankwise.rank"], []
+OURS, PYTHONS = ["-m", "rankwise.as_rank"], []
 
 PROGRAM = """
 import json, multiprocessing, os, pickle, sys
@@ -40,7 +40,7 @@ def test_script_sees_what_python_would_show_it(tmp_path: Path) -> None:
     script.write_text(PROGRAM)
     for arguments in (["folder/script.py", "-m", "x"], [str(script)]):
         ours, pythons = (
-            json.loads(run(*how, *arguments, cwd=tmp_path).stdout) for how in (["-m", "rankwise.rank"], [])
+            json.loads(run(*how, *arguments, cwd=tmp_path).stdout) for how in (["-m", "rankwise.as_rank"], [])
         )
         assert ours == pythons
         assert ours["spawned"] == [6]
@@ -56,7 +56,7 @@ def test_module_sees_what_python_would_show_it(tmp_path: Path) -> None:
 
 
 def test_script_that_cannot_be_read_is_one_line_and_status_two(tmp_path: Path) -> None:
-    done = run("-m", "rankwise.rank", "nothing.py", cwd=tmp_path)
+    done = run("-m", "rankwise.as_rank", "nothing.py", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: cannot read nothing.py: No such file")
     assert done.stderr.count("\n") == 1
@@ -64,10 +64,10 @@ def test_script_that_cannot_be_read_is_one_line_and_status_two(tmp_path: Path) -
 
 def test_traceback_shows_the_script_alone(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text("def fall():\n    raise ValueError('down')\n\nfall()\n")
-    done = run("-m", "rankwise.rank", "script.py", cwd=tmp_path)
+    done = run("-m", "rankwise.as_rank", "script.py", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.endswith("ValueError: down\n")
-    assert "rank.py" not in done.stderr
+    assert "as_rank.py" not in done.stderr
     assert "runpy" not in done.stderr
 
 
@@ -75,7 +75,7 @@ def test_rank_that_is_told_to_bind_keeps_to_its_share_of_the_cores(tmp_path: Pat
     (tmp_path / "script.py").write_text("import os; print(sorted(os.sched_getaffinity(0)))")
     cores = sorted(os.sched_getaffinity(0))
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANKWISE_BIND": "1"}
-    done = run("-m", "rankwise.rank", "script.py", cwd=tmp_path, **place)
+    done = run("-m", "rankwise.as_rank", "script.py", cwd=tmp_path, **place)
     bound = json.loads(done.stdout)
     assert len(bound) == max(1, len(cores) // 2)
     assert set(bound) <= set(cores)
