@@ -266,7 +266,7 @@ def told_while_waiting(world_size: int, told: dict[int, dict[str, Any]], monkeyp
         store.set(f"doing/{rank}", json.dumps(words))
     with pytest.raises(MissingRanksError) as raised:
         Link(identity_of(0, world_size), store=store, timeout_seconds=0.05).wait_for(lambda: False, "test")
-    assert list(raised.value.ranks) == [rank for rank in range(1, world_size)]
+    assert list(raised.value.ranks) == list(range(1, world_size))
     return str(raised.value)
 
 
