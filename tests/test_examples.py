@@ -142,6 +142,16 @@ def test_the_script_after_trains_and_goes_on_where_it_was(tmp_path: Path) -> Non
     for step in range(6, 11):
         (tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "manifest.json").unlink()
     assert losses(on_two_ranks(RANKWISE_RUN, "after.py", tmp_path, "run")) == said[5:]
+    done = on_two_ranks(RANKWISE_RUN, "after.py", tmp_path, "run")
+    assert losses(done) == []
+    assert done.count("nothing is left to do") == 1
+
+
+def test_the_script_after_without_a_folder_says_what_it_takes(tmp_path: Path) -> None:
+    (done,) = run([[sys.executable, EXAMPLES / "ddp" / "after.py"]], tmp_path)
+    assert done.returncode == 2
+    assert "usage: after.py [-h] RUN_DIR" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_script_that_knows_nothing_of_us_gives_the_same_losses_inside_a_session(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 rankwise run --nproc-per-node 2 after.py RUN_DIR        or torchrun, srun, mpirun, or python alone
 """
 
-import sys
+import argparse
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -27,6 +27,8 @@ def train(session):
     state = {"model": model, "optimizer": optimizer, "rng": rankwise.PerRank(rankwise.RngState(device))}
     checkpoints = rankwise.CheckpointManager(session.run_dir / "checkpoints")
     epoch = checkpoints.load(state) or 0
+    if epoch >= NUM_EPOCHS:
+        log.info(f"all {NUM_EPOCHS} epochs are done: nothing is left to do", ranks="main")
 
     dataset = TensorDataset(x, x.sum(1, keepdim=True))
     sampler = DistributedSampler(dataset, identity.world_size, identity.rank, seed=0)
@@ -45,5 +47,7 @@ def train(session):
 
 
 if __name__ == "__main__":
-    with rankwise.init(sys.argv[1]) as session:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run_dir", metavar="RUN_DIR")
+    with rankwise.init(parser.parse_args().run_dir) as session:
         train(session)

@@ -32,6 +32,7 @@ def main(arguments: Sequence[str]) -> None:
 
         with contextlib.suppress(LaunchError):
             threads.bind_cpus(Identity.resolve(os.environ), "cpu")
+    sys.orig_argv[:] = [sys.executable, *arguments]  # what was asked for, as run.json tells it
     if arguments[0] == "-m":
         sys.argv = list(arguments[1:])
         sys.path[0] = os.getcwd()

@@ -21,13 +21,16 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import AllgatherOptions
 
-from rankwise.errors import RankFailedError, RankFailure, RankwiseError
+from rankwise.errors import MissingRanksError, RankFailedError, RankFailure, RankwiseError
 from rankwise.waiting import link
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_NO_ERROR: RankwiseError | None = None
+SEND_SECONDS = 5.0
+"""How long a rank that failed in what it does for others waits for them to come and hear it."""
+
+_Send = Callable[[bytes, float | None], None]
 
 
 def barrier(name: str = "", timeout_seconds: float | None = None) -> None:
@@ -113,9 +116,10 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     parts = _gather(
         flat.view(-1).view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8), "gather rows"
     )
-    whole = [part.view(rows.dtype).view(shape) for part, (shape, _) in zip(parts, kinds, strict=True) if part.numel()]
-    if not whole:
-        return rows.detach().clone()
+    whole = [
+        part.view(rows.dtype).view(shape) if part.numel() else torch.empty(shape, dtype=rows.dtype)
+        for part, (shape, _) in zip(parts, kinds, strict=True)
+    ]
     return torch.cat(whole).to(rows.device)
 
 
@@ -153,7 +157,7 @@ def on_main_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
         return function(*args, **kwargs)
     what = f"on_main_process({_name_of(function)})"
     if dist.get_rank() == 0:
-        return _run_for_others(lambda: function(*args, **kwargs), lambda payload: _broadcast(payload, 0, what))
+        return _run_for_others(lambda: function(*args, **kwargs), _broadcaster(what))
     value: T = _take(_broadcast(b"", 0, what))
     return value
 
@@ -162,7 +166,8 @@ def on_local_main_process(function: Callable[P, T], *args: P.args, **kwargs: P.k
     """What `function` returns on the local main process of this node, where alone it runs, on every rank of the node.
 
     Raises:
-        RankwiseError, RankFailedError: as `on_main_process`, on the ranks of that node.
+        RankFailedError: on the others, if the function raised; it raises its own error where it runs.
+        RankwiseError: there is no session.
     Ranks: every rank of the node must call; the others wait. The result must pickle.
     """
     if not dist.is_initialized():
@@ -170,7 +175,7 @@ def on_local_main_process(function: Callable[P, T], *args: P.args, **kwargs: P.k
     what = f"on_local_main_process({_name_of(function)})"
     channel = link().node_channel()
     if channel.is_source:
-        return _run_for_others(lambda: function(*args, **kwargs), channel.send)
+        return _run_for_node(lambda: function(*args, **kwargs), channel.send)
     value: T = _take(channel.receive(what))
     return value
 
@@ -186,7 +191,7 @@ def main_process_first() -> Iterator[None]:
     if not dist.is_initialized():
         yield
     elif dist.get_rank() == 0:
-        with _first(lambda payload: _broadcast(payload, 0, "main_process_first")):
+        with _first(_broadcaster("main_process_first"), _for_every_rank):
             yield
     else:
         _take(_broadcast(b"", 0, "main_process_first"))
@@ -200,7 +205,8 @@ def local_main_process_first() -> Iterator[None]:
     For what each node needs once: unpacking to a local disk, compiling an extension.
 
     Raises:
-        RankFailedError, RankwiseError: on the other ranks of the node before their block starts.
+        RankFailedError: on the other ranks of the node before their block starts.
+        RankwiseError: there is no session.
     Ranks: every rank of the node must enter.
     """
     if not dist.is_initialized():
@@ -208,7 +214,7 @@ def local_main_process_first() -> Iterator[None]:
         return
     channel = link().node_channel()
     if channel.is_source:
-        with _first(channel.send):
+        with _first(lambda payload, timeout_seconds: channel.send(payload), _for_this_node):
             yield
     else:
         _take(channel.receive("local_main_process_first"))
@@ -247,29 +253,54 @@ class _Outcome(Generic[T]):
     error: RankwiseError | None = None
 
 
-def _run_for_others(function: Callable[[], T], send: Callable[[bytes], object]) -> T:
-    """Run on the one process that does the work, and send the others what came of it."""
+def _run_for_others(function: Callable[[], T], send: _Send) -> T:
+    """Run on the main process, and send the others what came of it."""
     try:
         value = function()
         payload = pickle.dumps(_Outcome(value))
     except BaseException as error:
         everywhere = _for_every_rank(error)
-        send(pickle.dumps(_Outcome[None](error=everywhere)))
+        _send_error(send, everywhere)
         if everywhere is error or not isinstance(error, Exception):
             raise
         raise everywhere from error
+    send(payload, None)
+    return value
+
+
+def _run_for_node(function: Callable[[], T], send: Callable[[bytes], None]) -> T:
+    """Run on a local main process. Its error is its own, and that of the job: other nodes know nothing of it yet."""
+    try:
+        value = function()
+        payload = pickle.dumps(_Outcome(value))
+    except BaseException as error:
+        send(pickle.dumps(_Outcome[None](error=_for_this_node(error))))
+        raise
     send(payload)
     return value
 
 
 @contextlib.contextmanager
-def _first(send: Callable[[bytes], object]) -> Iterator[None]:
+def _first(send: _Send, describe_error: Callable[[BaseException], RankwiseError]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        send(pickle.dumps(_Outcome[None](error=_for_every_rank(error))))
+        _send_error(send, describe_error(error))
         raise
-    send(pickle.dumps(_Outcome[None]()))
+    send(pickle.dumps(_Outcome[None]()), None)
+
+
+def _send_error(send: _Send, error: RankwiseError) -> None:
+    """Tell those who wait. Who is not there within seconds hears of it from the session, which this error will end."""
+    with contextlib.suppress(MissingRanksError, RankFailedError):
+        send(pickle.dumps(_Outcome[None](error=error)), SEND_SECONDS)
+
+
+def _broadcaster(what: str) -> _Send:
+    def send(payload: bytes, timeout_seconds: float | None) -> None:
+        _broadcast(payload, 0, what, timeout_seconds)
+
+    return send
 
 
 def _take(payload: bytes) -> Any:
@@ -291,6 +322,10 @@ def _for_every_rank(error: BaseException) -> RankwiseError:
     return failed
 
 
+def _for_this_node(error: BaseException) -> RankwiseError:
+    return RankFailedError((describe(error),), "failed first")
+
+
 def _vote(flag: bool, what: str, timeout_seconds: float | None) -> bool:
     """Whether any rank's flag is set."""
     if not dist.is_initialized():
@@ -306,16 +341,16 @@ def _vote(flag: bool, what: str, timeout_seconds: float | None) -> bool:
     return bool(vote[0])
 
 
-def _broadcast(payload: bytes, source: int, what: str) -> bytes:
+def _broadcast(payload: bytes, source: int, what: str, timeout_seconds: float | None = None) -> bytes:
     size = torch.tensor([len(payload)], dtype=torch.int64)
     options = dist.BroadcastOptions()
     options.rootRank = source
-    link().run(lambda group: group.broadcast([size], options), options, what, None)
+    link().run(lambda group: group.broadcast([size], options), options, what, timeout_seconds)
     content = torch.empty(int(size), dtype=torch.uint8)
     if dist.get_rank() == source:
         content = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else content
     if content.numel():
-        link().run(lambda group: group.broadcast([content], options), options, what, None)
+        link().run(lambda group: group.broadcast([content], options), options, what, timeout_seconds)
     return content.numpy().tobytes()
 
 

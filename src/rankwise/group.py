@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import itertools
 import json
 import math
@@ -28,13 +29,14 @@ from rankwise.lifeline import FIRST_FAILURE, Lifeline
 from rankwise.rollcall import call_roll, consult
 from rankwise.store import find_interface, find_store, in_thread, wait_until
 from rankwise.visible import is_sharing_asked, visible_text
-from rankwise.waiting import Link, use_link
+from rankwise.waiting import Link, ask, use_link
 
 CLOSE_SECONDS = 10.0
-LIVE_SECONDS = 5.0
-"""After this long without an end of its own, the main process prints a failure that it heard of."""
+LINGER_SECONDS = 5.0
+"""How long rank 0 waits at its end for the others to leave first."""
 
 _ACKNOWLEDGE_SECONDS = 2.0
+_SPOKEN_BY_OTHERS = ("SystemExit", "KeyboardInterrupt")
 _CONTRADICTION_SECONDS = 10.0
 _BY_HAND = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
 _logger = logs.get_logger(__name__)
@@ -45,8 +47,8 @@ class Connection:
     """What ties this process to the other ranks of a session; at world size 1, nothing."""
 
     def __init__(self, is_stopped: Callable[[], bool], timeout: timedelta) -> None:
-        self.is_told = False
-        """Whether the first failure of the job stands on the console already."""
+        self._telling = threading.Lock()
+        self._is_told = False
         self._is_stopped = is_stopped
         self._timeout = timeout
         self._identity: Identity | None = None
@@ -132,7 +134,7 @@ class Connection:
             if thread.is_alive() and not failed:
                 _logger.warning("the process group did not close within %g s; it is left behind", CLOSE_SECONDS)
         if self._lifeline is not None:
-            self._lifeline.close(linger_seconds=LIVE_SECONDS)
+            self._lifeline.close(linger_seconds=LINGER_SECONDS)
         self._store = self._lifeline = self._link = None
 
     def first_failure(self, timeout_seconds: float) -> RankFailure | None:
@@ -161,25 +163,27 @@ class Connection:
             device=str(self._device),
             pid=os.getpid(),
         )
-        with contextlib.suppress(RuntimeError):
-            self._store.compare_set(FIRST_FAILURE, "", json.dumps(asdict(failure)))
-            self._lifeline.announce()
-            return self.first_failure(_ACKNOWLEDGE_SECONDS)
-        return None
+        store, words = self._store, json.dumps(asdict(failure))
+        if ask(lambda: store.compare_set(FIRST_FAILURE, "", words)) is None:
+            return None
+        self._lifeline.announce()
+        return self.first_failure(_ACKNOWLEDGE_SECONDS)
 
-    def _on_first_failure(self, failure: RankFailure) -> None:
-        """In the lifeline's thread. The main process's console is told even where its own work never ends."""
-        if self._identity is None or not self._identity.is_main_process or failure.rank == 0:
-            return
+    def tell_once(self, failure: RankFailure) -> None:
+        """Print the first failure of the job, if this rank has not yet.
 
-        def tell() -> None:
-            if not self.is_told and not lastwords.has_launcher():
-                self.is_told = True
+        Ranks: local.
+        """
+        with self._telling:
+            if not self._is_told:
+                self._is_told = True
                 lastwords.print_words(lastwords.in_words(failure))
 
-        timer = threading.Timer(LIVE_SECONDS, tell)
-        timer.daemon = True
-        timer.start()
+    def _on_first_failure(self, failure: RankFailure) -> None:
+        """In the lifeline's thread: the console of the main process is told at once, whatever its own work does."""
+        is_main = self._identity is not None and self._identity.is_main_process
+        if is_main and not lastwords.has_launcher() and failure.error_type not in _SPOKEN_BY_OTHERS:
+            self.tell_once(failure)
 
     def _vote_to_start(
         self, store: Store, identity: Identity, setup_error: RankwiseError | None, share_devices: bool
@@ -251,6 +255,7 @@ class Connection:
         cpu_group = _make_cpu_side(self._timeout)
         if self._link is not None:
             self._link.set_group(cpu_group)
+            self._link.meet()
         if cpu_group is not None:
             self._leave = lambda failed: _forget(cpu_group)
 
@@ -286,6 +291,19 @@ def tell_contradiction(error: LaunchError, environ: Mapping[str, str]) -> None:
         words = f"rank {identity.rank} on {identity.hostname}: {error}"
         key = f"rankwise/session-{next(_connection_numbers)}/roll/verdict"
         store.compare_set(key, "", json.dumps({"kind": "launch", "error": words, "judged": False}))
+
+
+def place_in_group(identity: Identity) -> Identity:
+    """The identity that a process group gives which was made without a launcher, as by torch.multiprocessing.spawn.
+
+    Ranks: local.
+    """
+    if identity.launcher != "single" or not dist.is_initialized() or dist.get_world_size() == 1:
+        return identity
+    place = {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
+    found = Identity.resolve(place, hostname=identity.hostname)
+    sources = {name: "process group" if source == "RANK" else source for name, source in found.sources.items()}
+    return dataclasses.replace(found, launcher="group", sources=sources | {"world_size": "process group"})
 
 
 def _require_same_place(identity: Identity) -> None:

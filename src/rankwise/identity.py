@@ -11,6 +11,7 @@ from rankwise.launchers import Facts, find_launcher
 from rankwise.variables import shown
 
 ASSUMED = "assumed"
+_NOWHERE = "none"
 _JOB_IDS = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "LSB_JOBID", "PBS_JOBID", "RAY_JOB_ID")
 
 
@@ -37,7 +38,10 @@ class Identity:
     job_id: str | None = None
     """torchrun's or the scheduler's name for the job, None where there is none."""
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
-    """Field -> the variable that it came from, "assumed", or "store" once the ranks have compared what they assumed."""
+    """Field -> the variable that it came from, "assumed", or "store" once the ranks have compared what they assumed.
+
+    "given" is a host name that `resolve` was given, "none" the source of a job id where there is none.
+    """
 
     @property
     def is_main_process(self) -> bool:
@@ -79,7 +83,7 @@ def _job_id(environ: Mapping[str, str]) -> tuple[str | None, str]:
     for name in _JOB_IDS:
         if environ.get(name) and (name, environ[name]) != ("TORCHELASTIC_RUN_ID", "none"):
             return environ[name], name
-    return None, ASSUMED
+    return None, _NOWHERE
 
 
 def _node_name(environ: Mapping[str, str], hostname: str | None) -> tuple[str, str]:

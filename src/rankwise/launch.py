@@ -7,6 +7,7 @@ is that of the ranks.
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -192,10 +193,12 @@ def _report(error: "ChildFailedError", told: RankFailure | None) -> int:
             item[1].timestamp,
         ),
     )
-    if told is not None and told.error_type != "SystemExit" and not (told.is_loss and told.rank in error.failures):
-        print_words(in_words(told))
+    if told is not None and told.error_type != "SystemExit":
         own = error.failures.get(told.rank, first)
-        return int(own.exitcode) if own.exitcode > 0 else 1
+        if told.is_loss and told.rank in error.failures and own.exitcode < 0:
+            told = dataclasses.replace(told, message=f"killed by {signal.Signals(-own.exitcode).name}")
+        print_words(in_words(told))
+        return int(own.exitcode) if own.exitcode > 0 else 128 - own.exitcode if told.is_loss else 1
     if first.exitcode == 2:
         return 2
     if first.exitcode < 0:

@@ -26,6 +26,7 @@ _TORCH = {
     "num_nodes": "GROUP_WORLD_SIZE",
 }
 _BY_HAND = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+_STARTERS = {"SLURM_PROCID": "srun", "HOROVOD_RANK": "horovodrun", "JSM_NAMESPACE_RANK": "jsrun"}
 _FIRST_SPECIAL_STEP = 4294967290  # this and the numbers above: an interactive shell, a batch script, ...
 
 
@@ -279,11 +280,11 @@ def _require_agreement(environ: Environ, launcher: str, facts: Facts) -> None:
 def _read(environ: Environ, **names: str) -> Facts:
     missing = [names[field] for field in ("rank", "world_size") if names[field] not in environ]
     if missing:
-        what = " and ".join(missing)
-        raise LaunchError(
-            f"{shown(environ, *names.values())} but {what} {'are' if missing[1:] else 'is'} not set. "
-            f"Set {what} too, or start through torchrun."
-        )
+        what, verb = " and ".join(missing), "are" if missing[1:] else "is"
+        advice = f"Set {what} too, or start through torchrun"
+        if set(missing).isdisjoint(_BY_HAND):
+            advice = f"Start with {_STARTERS.get(names['rank'], 'the MPI launcher')}, or unset {names['rank']}"
+        raise LaunchError(f"{shown(environ, *names.values())} but {what} {verb} not set. {advice}.")
     return _present(environ, **names)
 
 

@@ -57,7 +57,7 @@ class Lifeline:
     ) -> None:
         self.first_failure: RankFailure | None = None
         self.heard = threading.Event()
-        """Set when `first_failure` is there."""
+        """Set when `first_failure` is there: on other ranks than 0 only when rank 0 knows of it, or is lost."""
         self._store = store
         self._identity = identity
         self._doing = doing
@@ -65,6 +65,7 @@ class Lifeline:
         self._selector = selectors.DefaultSelector()
         self._peers: dict[socket.socket, _Peer] = {}
         self._closing = False
+        self._main_left = False
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._wake_receiver.setblocking(False)
         self._selector.register(self._wake_receiver, selectors.EVENT_READ)
@@ -85,6 +86,14 @@ class Lifeline:
         Ranks: local.
         """
         return self._identity.is_main_process or bool(self._peers)
+
+    @property
+    def main_is_gone(self) -> bool:
+        """Whether rank 0 has died or left the session, and its store is not to be counted on.
+
+        Ranks: local.
+        """
+        return self.main_is_lost or self._main_left
 
     @property
     def main_is_lost(self) -> bool:
@@ -236,6 +245,7 @@ class Lifeline:
                 self._spread()
             elif "bye" in told:
                 peer.left = True
+                self._main_left = self._main_left or peer.rank == 0
         except (ValueError, KeyError, TypeError, RecursionError):
             self._forget(connection)
 
@@ -260,24 +270,30 @@ class Lifeline:
 
     def _spread(self) -> None:
         """Somebody, or this rank, has left a failure in the store: everybody hears the first."""
-        if self.main_is_lost:  # and the store with it
+        if self.main_is_gone:
+            return
+        if not self._identity.is_main_process and self._peers:
+            # It counts as heard when rank 0 says so: who fails prints its own traceback where nobody else will.
+            for connection in list(self._peers):
+                self._send(connection, {"failed": True})
             return
         with contextlib.suppress(RuntimeError):
             if self._store.check([FIRST_FAILURE]):
-                self._learn(RankFailure(**json.loads(self._store.get(FIRST_FAILURE))))
-        if not self._identity.is_main_process:
-            for connection in list(self._peers):
-                self._send(connection, {"failed": True})
+                first = RankFailure(**json.loads(self._store.get(FIRST_FAILURE)))
+                if self._identity.is_main_process or first.rank != self._identity.rank:
+                    self._learn(first)
 
     def _learn(self, failure: RankFailure) -> None:
         if self.first_failure is not None:
             return
         self.first_failure = failure
+        # Printed before anybody hears: once ranks end in consequence, the launcher may kill this one.
+        self._on_first_failure(failure)
         self.heard.set()
         if self._identity.is_main_process:
-            for connection in list(self._peers):
-                self._send(connection, {"first": asdict(failure)})
-        self._on_first_failure(failure)
+            for connection, peer in list(self._peers.items()):
+                if peer.rank is not None:
+                    self._send(connection, {"first": asdict(failure)})
 
     def _send(self, connection: socket.socket, message: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):
@@ -292,7 +308,7 @@ class Lifeline:
         connection.close()
 
     def _post(self) -> None:
-        if self.main_is_lost:
+        if self.main_is_gone:
             return
         with contextlib.suppress(RuntimeError):
             self._store.set(f"doing/{self._identity.rank}", self._doing())

@@ -154,7 +154,5 @@ def _what_to_set(identity: Identity, environ: Mapping[str, str]) -> str:
         "intelmpi": " for all ranks: mpirun -genv MASTER_ADDR HOST -genv MASTER_PORT PORT",
     }.get(identity.launcher, ", or start through torchrun")
     seen = shown(environ, "MASTER_ADDR", "MASTER_PORT") or "neither MASTER_ADDR nor MASTER_PORT is set"
-    return (
-        f"{identity.world_size} processes on {identity.num_nodes} nodes cannot find each other: {seen}. "
-        f"Set {where}{options}."
-    )
+    nodes = "1 node" if identity.num_nodes == 1 else f"{identity.num_nodes} nodes"
+    return f"{identity.world_size} processes on {nodes} cannot find each other: {seen}. Set {where}{options}."

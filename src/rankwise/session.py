@@ -22,7 +22,7 @@ from rankwise import collectives, lastwords, logs, threads
 from rankwise.device import select_device
 from rankwise.errors import LaunchError, MissingRanksError, RankFailedError, RankFailure, RankwiseError
 from rankwise.files import write_atomic
-from rankwise.group import Connection, tell_contradiction
+from rankwise.group import Connection, place_in_group, tell_contradiction
 from rankwise.identity import Identity
 from rankwise.parent import end_with_parent
 from rankwise.waiting import FIRST_FAILURE_SECONDS, is_lost_connection
@@ -48,6 +48,7 @@ class Session:
         self.device = device
         self.run_dir = run_dir
         self._stop_requested = False
+        self._is_terminated = False
         self._failed = False
         self._logs: logs.LogHandle | None = None
         self._connection: Connection | None = None
@@ -114,16 +115,13 @@ class Session:
         """Let the first failure of the job be printed once, where a person looks last."""
         assert self._connection is not None, "there is one before anything can fail"
         is_own = first.rank == self.identity.rank
-        already, self._connection.is_told = self._connection.is_told, True
+        words = ""
         if lastwords.has_launcher():
             lastwords.tell_launcher(first)
-            words = ""
-        elif self._is_speaker(first) and not already:
-            words = lastwords.in_words(first)
-        else:
-            words = ""
+        elif self._is_speaker(first):
+            self._connection.tell_once(first)
         if not is_own and not isinstance(error, RankFailedError | MissingRanksError):
-            words = f"rankwise: rank {self.identity.rank} failed after it: {type(error).__name__}: {error}\n{words}"
+            words = f"rankwise: rank {self.identity.rank} failed after it: {type(error).__name__}: {error}"
         lastwords.set_last_words(error, words)
         return True
 
@@ -161,7 +159,8 @@ def init(
     size 1 needs no environment and makes no process group. A process group that exists already is used and left alone.
 
     SIGTERM or Ctrl-C while a rank starts is kept for the first `agree_to_stop`; if the others do not come within
-    seconds of it, the start ends with an error. A second Ctrl-C is a KeyboardInterrupt at once.
+    seconds of it, the start ends with an error. A second Ctrl-C is a KeyboardInterrupt at once, a second SIGTERM ends
+    the process.
 
     torch computes with this node's cores divided by its processes where OMP_NUM_THREADS does not say otherwise.
 
@@ -189,11 +188,11 @@ def init(
     if _open_session is not None:
         raise RankwiseError("a session is open already in this process. Close it before the next `init`.")
     try:
-        identity = Identity.resolve(os.environ, hostname=socket.gethostname())
+        identity = place_in_group(Identity.resolve(os.environ, hostname=socket.gethostname()))
+        end_with_parent()
     except LaunchError as error:
         tell_contradiction(error, os.environ)
         raise
-    end_with_parent()
     session = Session(identity, torch.device("cpu"), Path(run_dir) if run_dir is not None else None)
     connection = Connection(lambda: session.stop_requested, timedelta(seconds=timeout_seconds))
     session._connection = connection
@@ -222,7 +221,7 @@ def init(
             _logger.info("%s", _start_line(session))
             yield session
         except BaseException as error:
-            session._failed = True
+            session._failed = not (isinstance(error, SystemExit) and error.code in (0, None))
             first = session._surface(error)
             if first is not None:
                 raise first from None
@@ -272,6 +271,11 @@ def _stop_signals(session: Session) -> Iterator[None]:
     num_interrupts = 0
 
     def on_terminate(number: int, frame: FrameType | None) -> None:
+        if session._is_terminated:
+            # A script that never asks whether to stop: whoever sends a second one means it.
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        session._is_terminated = True
         session.request_stop()
 
     def on_interrupt(number: int, frame: FrameType | None) -> None:

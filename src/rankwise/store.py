@@ -43,8 +43,8 @@ _met_at: str | None = None
 def find_store(identity: Identity, timeout: timedelta, is_stopped: Callable[[], bool]) -> Store:
     """The store of this job; one for all sessions of this process, hosted by the main process or the elastic agent.
 
-    A second store on the same port would race with the first one's end. It is TCP between the ranks: nothing that is
-    read from it is unpickled.
+    A second store on the same port would race with the first one's end. Whoever reaches its port can write to it: what
+    is read from it is JSON, or carries a secret that the ranks do not share through it.
 
     Raises:
         LaunchError: nobody says where the ranks meet.
@@ -139,7 +139,7 @@ def _resolvable(address: str) -> str:
 def _host(identity: Identity, address: str, port: int, timeout: timedelta) -> Store:
     try:
         return _open(address, port, timeout, is_host=True)
-    except (dist.DistError, RuntimeError, TimeoutError) as error:
+    except (dist.DistError, RuntimeError, OSError) as error:
         if "EADDRINUSE" in str(error) or "already in use" in str(error):
             # If another process that claims rank 0 holds the port, the roll call names both.
             with contextlib.suppress(RankwiseError):
@@ -170,12 +170,27 @@ def _open(address: str, port: int, timeout: timedelta, *, is_host: bool) -> Stor
     if not is_host:
         _wait_for_listener(address, port, timeout.total_seconds())
     opened = in_thread(
-        lambda: TCPStore(address, port, None, is_host, timeout, wait_for_workers=False), "rankwise-rendezvous"
+        lambda: (
+            _listen(address, port, timeout)
+            if is_host
+            else TCPStore(address, port, None, False, timeout, wait_for_workers=False)
+        ),
+        "rankwise-rendezvous",
     )
     try:
         return opened.result(timeout.total_seconds() + _ANSWER_SECONDS)
     except TimeoutError:
         raise TimeoutError("what listens there does not answer as a store does") from None
+
+
+def _listen(address: str, port: int, timeout: timedelta) -> TCPStore:
+    """Host the store; where its address is loopback, for this machine alone: torch itself would listen everywhere."""
+    if address not in ("127.0.0.1", "localhost"):
+        return TCPStore(address, port, None, True, timeout, wait_for_workers=False)
+    with socket.create_server(("127.0.0.1", port), backlog=1024) as listener:
+        port = listener.getsockname()[1]
+        descriptor = listener.detach()
+    return TCPStore("127.0.0.1", port, None, True, timeout, wait_for_workers=False, master_listen_fd=descriptor)
 
 
 def _wait_for_listener(address: str, port: int, timeout_seconds: float) -> None:
@@ -207,7 +222,7 @@ def _meet_through_a_file(identity: Identity, point: MeetingPoint, timeout: timed
                 if _told_port(other) is None:  # of a job that was killed
                     other.unlink(missing_ok=True)
             if _told_port(path) is None:
-                store = TCPStore(point.address or "127.0.0.1", 0, None, True, timeout, wait_for_workers=False)
+                store = _listen(point.address or "127.0.0.1", 0, timeout)
                 here = {"port": store.port, "pid": os.getpid(), "started": start_time(os.getpid())}
                 write_atomic(path, json.dumps(here))
                 _forget_at_exit(path)

@@ -22,9 +22,9 @@ def number(environ: Mapping[str, str], name: str) -> int:
     """
     value = environ[name]
     if not re.fullmatch(_NUMBER, value):
-        raise LaunchError(
-            f"{name}={_short(repr(value))} is no count. It must be a whole number from 0 on: set it right, or unset it."
-        )
+        is_large = re.fullmatch("[0-9]+", value)
+        fault = "is too large to count processes" if is_large else "is not a whole number from 0 on"
+        raise LaunchError(f"{name}={_short(repr(value))} {fault}: set it right, or unset it.")
     return int(value)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import hmac
 import json
 import os
+import secrets
 import sys
 import threading
 import time
@@ -12,22 +15,28 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.distributed.distributed_c10d import Store
 
-from rankwise.errors import MissingRanksError, RankFailedError
+from rankwise.errors import MissingRanksError, RankFailedError, RankwiseError
 from rankwise.identity import Identity
 from rankwise.lifeline import Lifeline
+from rankwise.store import in_thread
 
 TIMEOUT_SECONDS = 600.0
 FIRST_FAILURE_SECONDS = 5.0
 """How long a rank whose connection broke waits to hear whose fault it was."""
 
+T = TypeVar("T")
+
 _LONG = timedelta(days=30)
 _MOMENT = timedelta(seconds=0.1)
+ANSWER_SECONDS = 3.0
+"""How long the store may take to answer."""
+
 _SAY_AFTER_SECONDS = 0.2
 _SETTLE_SECONDS = 1.2
 _MAX_NAMED = 8
@@ -65,12 +74,12 @@ class Link:
         timeout_seconds: float = TIMEOUT_SECONDS,
     ) -> None:
         self.lifeline: Lifeline | None = None
+        self.secret: bytes | None = None
         self._identity = identity
         self._device = device
         self._group = group
         self._store = store
         self._timeout_seconds = timeout_seconds
-        self._bare_store: Store | None = None
         self._number = 0
         self._num_channels = 0
         self._what = "the start"
@@ -97,13 +106,17 @@ class Link:
         self._group = group
 
     def meet(self) -> None:
-        """Wait until the group works for every rank.
+        """Wait until the group works for every rank, and share a secret through it.
+
+        Messages that go through the store, which anybody on the network may reach, are unpickled only if they carry it.
 
         Ranks: every rank must call.
         """
-        ready = torch.zeros(1)
-        options = dist.AllreduceOptions()
-        self.run(lambda group: group.allreduce([ready], options), options, "the start", None)
+        secret = torch.frombuffer(bytearray(secrets.token_bytes(32)), dtype=torch.uint8)
+        options = dist.BroadcastOptions()
+        self.run(lambda group: group.broadcast([secret], options), options, "the start", None)
+        self.secret = secret.numpy().tobytes()
+        self.run(lambda group: group.broadcast([secret], options), options, "the start", None)
 
     def run(
         self, start: Callable[[dist.ProcessGroup], dist.Work], options: Any, what: str, timeout_seconds: float | None
@@ -134,18 +147,12 @@ class Link:
 
         Ranks: every rank of the node must call.
         """
-        identity = self._identity or Identity.resolve(os.environ)
-        store = self._node_store()
+        if self._identity is None or self._store is None or self.secret is None:
+            raise RankwiseError(
+                "what the ranks of one node do together needs a session. Call it within rankwise.init()."
+            )
         self._num_channels += 1
-        return NodeChannel(self, store, f"node/{identity.node_rank}/{self._num_channels}", identity)
-
-    def _node_store(self) -> Store:
-        """The session's store; without a session one of the default group's, whose messages are counted anew."""
-        if self._store is None or (self._bare_store is not None and self._bare_store is not _get_default_store()):
-            self._bare_store = _get_default_store()
-            self._store = PrefixStore("rankwise/bare", self._bare_store.clone())  # type: ignore[attr-defined]
-            self._num_channels = 0
-        return self._store
+        return NodeChannel(self, self._store, f"node/{self._identity.node_rank}/{self._num_channels}", self._identity)
 
     def doing(self) -> str:
         """What this rank is doing, as JSON, for those who wait for it.
@@ -166,24 +173,25 @@ class Link:
 
         Ranks: local.
         """
-        is_lost = self.lifeline is not None and self.lifeline.main_is_lost
-        if self._store is not None and self._identity is not None and not is_lost:
+        is_gone = self.lifeline is not None and self.lifeline.main_is_gone
+        if self._store is not None and self._identity is not None and not is_gone:
+            store, key = self._store, f"doing/{self._identity.rank}"
             told = {"number": self._number, "what": self._what, "waiting": False, "left": True}
-            with contextlib.suppress(RuntimeError):
-                self._store.set(f"doing/{self._identity.rank}", json.dumps(told))
+            ask(lambda: store.set(key, json.dumps(told)))
 
     def where_all_are(self, what: str) -> str:
         """Which ranks are at something else than `what`, in words.
 
         Ranks: local.
         """
-        if self._store is None or self._identity is None or self._bare_store is not None:
+        if self._store is None or self._identity is None:
             return f"this rank is at {what}, others are not"
         self._what = what
-        self._store.set(f"doing/{self._identity.rank}", self.doing())
+        store, key, doing = self._store, f"doing/{self._identity.rank}", self.doing()
+        ask(lambda: store.set(key, doing))
         time.sleep(_SAY_AFTER_SECONDS)  # the others are saying it too
         at: dict[str, list[int]] = {}
-        for rank, told in enumerate(self._told()):
+        for rank, told in enumerate(ask(self._told) or []):
             at.setdefault(told.get("what", "an unknown place"), []).append(rank)
         return "; ".join(f"rank {_listed(ranks)} at {place}" for place, ranks in at.items())
 
@@ -217,7 +225,8 @@ class Link:
                 return
             except RuntimeError:
                 if work.is_completed():
-                    raise
+                    work.wait()  # its own end, or error: it may have come just after the moment was over
+                    return
             self._require_hope(what, begin, timeout_seconds)
             if not said and self.lifeline is not None:
                 said = True
@@ -243,18 +252,23 @@ class Link:
         while time.monotonic() - begin < FIRST_FAILURE_SECONDS:
             if self.lifeline.heard.wait(0.1):
                 raise RankFailedError((self.lifeline.first_failure,), "failed first") from None  # type: ignore[arg-type]
-            left = tuple(rank for rank, told in enumerate(self._told()) if told.get("left"))
+            left = (0,) if self.lifeline.main_is_gone else self._who_left()
             if left:
                 raise MissingRanksError(
                     f"{what}: rank {_listed(left)} has left the session already. All ranks must make the same calls.",
                     left,
                 ) from None
 
+    def _who_left(self) -> tuple[int, ...]:
+        return tuple(rank for rank, told in enumerate(ask(self._told) or []) if told.get("left"))
+
     def _missing(self, place: Place | None) -> tuple[tuple[int, ...], str]:
-        if self._store is None or self._bare_store is not None:
+        if self._store is None:
             return (), "Who is missing is known within `rankwise.init()` only."
         time.sleep(_SETTLE_SECONDS)  # every rank that is alive says where it is within a second
-        told = self._told()
+        told = ask(self._told)
+        if told is None:
+            return (0,), "Rank 0, whose process holds the store, does not answer: it hangs, or its node is gone."
         own = self._identity.rank if self._identity is not None else None
         missing = [rank for rank, other in enumerate(told) if rank != own and self._is_awaited(other, place)]
         told_by = "; ".join(f"rank {rank}: {_in_words(told[rank])}" for rank in missing[:_MAX_NAMED])
@@ -281,6 +295,9 @@ class Link:
         return found
 
 
+_SEAL_BYTES = hashlib.sha256().digest_size
+
+
 class NodeChannel:
     """One message from the local main process to the other processes of its node."""
 
@@ -298,7 +315,7 @@ class NodeChannel:
         Ranks: the local main process only.
         """
         if self._num_readers:
-            self._store.set(self._key, payload.hex())
+            self._store.set(self._key, (self._seal(payload) + payload).hex())
 
     def receive(self, what: str) -> bytes:
         """Wait for the message.
@@ -308,11 +325,18 @@ class NodeChannel:
         Ranks: all of the node but the local main process.
         """
         self._link.wait_for(lambda: bool(self._store.check([self._key])), what, self._main_place)
-        payload = bytes.fromhex(self._store.get(self._key).decode())
+        sealed = bytes.fromhex(self._store.get(self._key).decode())
+        seal, payload = sealed[:_SEAL_BYTES], sealed[_SEAL_BYTES:]
+        if not hmac.compare_digest(seal, self._seal(payload)):
+            raise RankwiseError(f"{what}: a message in the store is not from a rank of this job. See who else uses it.")
         if self._store.add(f"{self._key}/read", 1) == self._num_readers:
             for key in (self._key, f"{self._key}/read"):
                 self._store.delete_key(key)
         return payload
+
+    def _seal(self, payload: bytes) -> bytes:
+        assert self._link.secret is not None, "node_channel asks for a session"
+        return hmac.digest(self._link.secret, self._key.encode() + b"\0" + payload, "sha256")
 
 
 _bare = Link()
@@ -334,6 +358,17 @@ def use_link(new: Link | None) -> None:
     """
     global _link
     _link = new
+
+
+def ask(call: Callable[[], T]) -> T | None:
+    """What the store gives, None where it fails or does not answer: rank 0 may hang, and its store with it.
+
+    Ranks: local.
+    """
+    answer = in_thread(call, "rankwise-ask")
+    with contextlib.suppress(RuntimeError, TimeoutError):
+        return answer.result(ANSWER_SECONDS)
+    return None
 
 
 def is_lost_connection(error: BaseException) -> bool:

@@ -25,6 +25,7 @@ MAX_LINE_BYTES = 1000
 """A line of JSON is shorter: srun passes on what tasks print in pieces of 1024 bytes, and mixes those of several."""
 
 _NUMBERS = ("rank", "local_rank", "node_rank", "world_size", "local_world_size", "num_nodes")
+_SPOKEN = {"given": "this system's own name", "none": "-"}
 _STDOUT, _STDERR = 1, 2
 
 
@@ -78,7 +79,7 @@ def json_line(identity: Identity, device: str | None) -> str:
 
 
 def table(identity: Identity, device: str | None, *, probed: bool) -> str:
-    """Aligned lines for a person: field, value, and where the value comes from.
+    """A line with the rank, then aligned ones for a person: field, value, and where the value comes from.
 
     Ranks: local.
     """
@@ -86,9 +87,12 @@ def table(identity: Identity, device: str | None, *, probed: bool) -> str:
     if device is None:
         told = "the environment does not say; --probe asks torch"
     sources: Mapping[str, str] = {"device": told} | dict(identity.sources)
-    rows = [(name, _shown(value), sources.get(name, "")) for name, value in _facts(identity, device).items()]
+    facts = _facts(identity, device).items()
+    rows = [(name, _shown(value), _SPOKEN.get(sources.get(name, ""), sources.get(name, ""))) for name, value in facts]
     name_width, value_width = (max(len(row[column]) for row in rows) for column in (0, 1))
-    return "\n".join(f"{name:<{name_width}}  {value:<{value_width}}  {source}".rstrip() for name, value, source in rows)
+    lines = [f"{name:<{name_width}}  {value:<{value_width}}  {source}".rstrip() for name, value, source in rows]
+    # Blocks of several ranks follow each other on one console.
+    return "\n".join([f"rank {identity.rank} of {identity.world_size}", *lines])
 
 
 def _facts(identity: Identity, device: str | None) -> dict[str, object]:

@@ -139,7 +139,12 @@ def test_a_directory_that_one_rank_does_not_see_fails_on_every_rank(tmp_path: Pa
 def test_a_directory_that_is_not_there_fails(tmp_path: Path) -> None:
     status, output, _ = alone("--json", "--dir", "no", cwd=tmp_path)
     assert status == 1
-    assert "No such file or directory" in checks_of(output)["directory"]["message"]
+    checks = checks_of(output)
+    assert "No such file or directory" in checks["directory"]["message"]
+    assert (checks["disk"]["status"], checks["disk"]["message"]) == (
+        "fail",
+        f"{tmp_path / 'no'}: there is no such folder",
+    )
 
 
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
@@ -148,8 +153,18 @@ def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
     assert status == 1
     assert checks["rendezvous"]["status"] == "fail"
     assert "rank 1" in checks["rendezvous"]["message"]
+    assert "(--timeout)" in checks["rendezvous"]["message"]
     assert checks["shared-memory"]["status"] in ("pass", "warn")  # what one rank can know is told all the same
     assert "Traceback" not in errors
+
+
+def test_where_the_ranks_cannot_know_the_meeting_point_nothing_is_said_of_late_ones(tmp_path: Path) -> None:
+    places = {name: value for name, value in by_hand(2)[0].items() if name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    status, output, _ = alone("--json", "--timeout", "2", cwd=tmp_path, **places)
+    check = checks_of(output)["rendezvous"]
+    assert (status, check["status"], check["advice"]) == (1, "fail", None)
+    assert "2 processes on 1 node cannot find each other" in check["message"]
+    assert "Set MASTER_ADDR" in check["message"]
 
 
 def test_without_a_main_process_the_others_say_so(tmp_path: Path) -> None:

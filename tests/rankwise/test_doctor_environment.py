@@ -192,12 +192,22 @@ def test_one_rank_that_may_see_no_device_is_a_warning_and_a_job_on_the_cpu_is_no
 
 
 def test_processes_that_each_take_all_cores_are_a_warning_that_says_what_to_set() -> None:
-    check = check_threads(job(8, num_cores=64, num_threads=64, fair_threads=8))
+    variables = {"OMP_NUM_THREADS": "64"}
+    check = check_threads(job(8, num_cores=64, num_threads=64, fair_threads=8, variables=variables))
     assert check.status == "warn"
-    assert "OMP_NUM_THREADS: not set" in check.message
+    assert "whose share is 8 of 64 cores (OMP_NUM_THREADS=64)" in check.message
     assert check.advice == "Set OMP_NUM_THREADS=8."
 
 
+def test_where_nobody_sets_threads_the_session_does() -> None:
+    check = check_threads(job(8, num_cores=64, num_threads=64, fair_threads=8))
+    assert (check.status, check.message) == ("pass", "init() computes with 8 of 64 cores for each rank")
+    alone = check_threads(job(1, num_cores=1, num_threads=1, fair_threads=1))
+    assert (alone.status, alone.message) == ("pass", "init() computes with 1 of 1 core")
+
+
 def test_threads_that_fit_pass() -> None:
-    assert check_threads(job(8, num_cores=64, num_threads=8, fair_threads=8)).status == "pass"
+    variables = {"OMP_NUM_THREADS": "8"}
+    check = check_threads(job(8, num_cores=64, num_threads=8, fair_threads=8, variables=variables))
+    assert (check.status, check.message) == ("pass", "torch computes with 8 of 64 cores")
     assert check_threads(job(1, num_cores=64, num_threads=64, fair_threads=64)).status == "pass"

@@ -12,6 +12,7 @@ from rankwise.doctor import facts
 from rankwise.doctor.facts import (
     DeviceFacts,
     RankFacts,
+    Space,
     collect_facts,
     find_driver,
     find_variables,
@@ -114,10 +115,10 @@ def test_a_device_that_is_chosen_but_does_not_compute_is_named() -> None:
     assert found.error
 
 
-def test_a_directory_that_is_yet_to_be_made_has_the_room_of_its_parent(tmp_path: Path) -> None:
-    found = probe_space(str(tmp_path / "runs" / "first"))
-    assert found.path == str(tmp_path / "runs" / "first")
-    assert found.total_bytes == probe_space(str(tmp_path)).total_bytes > 0
+def test_a_directory_that_is_yet_to_be_made_has_no_room(tmp_path: Path) -> None:
+    missing = str(tmp_path / "runs")
+    assert probe_space(missing) == Space(missing, error="there is no such folder")
+    assert probe_space(str(tmp_path)).total_bytes > 0
 
 
 def test_a_path_that_can_be_no_directory_is_a_fact(tmp_path: Path) -> None:

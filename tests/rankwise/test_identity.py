@@ -38,7 +38,8 @@ def test_main_process_is_one_of_the_job_and_one_of_each_node() -> None:
 def test_nothing_set_is_a_single_process() -> None:
     identity = Identity.resolve({"PATH": "/bin"})
     assert (identity.launcher, *numbers(identity)) == ("single", 0, 0, 0, 1, 1, 1)
-    assert set(identity.sources.values()) == {"assumed"}
+    assert {name for name, source in identity.sources.items() if source != "assumed"} == {"job_id"}
+    assert (identity.job_id, identity.sources["job_id"]) == (None, "none")
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,6 @@ def test_what_the_environment_does_not_prove_is_marked_as_assumed() -> None:
         "local_world_size",
         "num_nodes",
         "node_rank",
-        "job_id",
         "hostname",
     }
 
@@ -99,7 +99,7 @@ def test_one_node_is_proven_where_it_holds_all_processes() -> None:
         ({"RANK": "-1"}, ["RANK='-1'"]),
         ({"RANK": ""}, ["RANK=''"]),
         ({"RANK": "1.0"}, ["RANK='1.0'"]),
-        ({"WORLD_SIZE": "9" * 5000}, ["WORLD_SIZE='9999", "no count"]),
+        ({"WORLD_SIZE": "9" * 5000}, ["WORLD_SIZE='9999", "too large"]),
     ],
 )
 def test_contradiction_is_an_error_that_names_variables_and_values(changed: dict[str, str], words: list[str]) -> None:
@@ -129,7 +129,7 @@ def test_job_id_is_the_innermost_real_one() -> None:
     torchrun = ENVIRON | NODES | {"TORCHELASTIC_RUN_ID": "none"}
     found = [Identity.resolve(environ) for environ in (torchrun, torchrun | slurm, slurm, {"LSB_JOBID": "8"})]
     assert [(each.job_id, each.sources["job_id"]) for each in found] == [
-        (None, "assumed"),
+        (None, "none"),
         ("7", "SLURM_JOB_ID"),
         ("7", "SLURM_JOB_ID"),
         ("8", "LSB_JOBID"),
@@ -211,7 +211,9 @@ def check_identity(identity: Identity, environ: dict[str, str]) -> None:
     assert (identity.num_nodes == 1) == (identity.local_world_size == identity.world_size)
     assert identity.hostname
     assert identity.launcher in launchers.LAUNCHERS
-    assert all(source in environ or source == "assumed" for source in identity.sources.values())
+    sources = dict(identity.sources)
+    assert (sources.pop("job_id") == "none") == (identity.job_id is None)
+    assert all(source in environ or source == "assumed" for source in sources.values())
 
 
 def check_meeting_point(point: MeetingPoint) -> None:

@@ -68,6 +68,13 @@ def test_a_pytorch_job_has_a_master_and_workers(capfd: pytest.CaptureFixture[str
     assert volumes["shared"]["persistentVolumeClaim"] == {"claimName": "shared"}
 
 
+@pytest.mark.parametrize("plain", [[], ["--plain"]])
+def test_a_manifest_without_a_shared_volume_says_so(plain: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["--", "python", "train.py"]
+    assert text_of(capfd, *plain, *command).startswith("# No shared volume is mounted")
+    assert "#" not in text_of(capfd, *plain, "--claim", "shared:/data", *command)
+
+
 def test_one_node_has_no_workers(capfd: pytest.CaptureFixture[str]) -> None:
     (job,) = read(text_of(capfd, "--", "python", "train.py"))
     assert job["spec"]["pytorchReplicaSpecs"].keys() == {"Master"}

@@ -188,6 +188,20 @@ def test_a_killed_rank_is_named(script: Callable[[str], str]) -> None:
     assert "was killed by SIGKILL" in result.stderr
 
 
+def test_a_killed_rank_of_a_session_is_named_with_its_host_in_the_end(script: Callable[[str], str]) -> None:
+    body = """
+import rankwise
+with rankwise.init(device_type="cpu", timeout_seconds=60):
+    rankwise.barrier("together")
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rankwise.barrier("never")
+"""
+    result = run(script(body))
+    assert result.returncode == 128 + signal.SIGKILL
+    assert re.search(r"rankwise: rank 1 \(.+, pid \d+\) failed first:\nRankLost: killed by SIGKILL\n$", result.stderr)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_signal_lets_the_ranks_finish(
     number: signal.Signals, script: Callable[[str], str], tmp_path: Path

@@ -126,7 +126,7 @@ def test_job_level_variables_serve_where_an_old_slurm_sets_no_others() -> None:
         ({"SLURM_STEP_TASKS_PER_NODE": "2(x3)"}, ["SLURM_STEP_TASKS_PER_NODE=2(x3)", "SLURM_STEP_NUM_TASKS=4"]),
         ({"SLURM_STEP_NUM_NODES": "4"}, ["SLURM_STEP_NUM_NODES=4", "SLURM_STEP_TASKS_PER_NODE=2(x2)"]),
         ({"SLURM_STEP_TASKS_PER_NODE": "two"}, ["SLURM_STEP_TASKS_PER_NODE='two'"]),
-        ({"SLURM_PROCID": ""}, ["SLURM_PROCID=''", "no count"]),
+        ({"SLURM_PROCID": ""}, ["SLURM_PROCID=''", "not a whole number from 0 on"]),
         ({"WORLD_SIZE": "2"}, ["WORLD_SIZE=2", "SLURM_STEP_NUM_TASKS=4"]),
         ({"WORLD_SIZE": "8"}, ["WORLD_SIZE=8", "SLURM_STEP_NUM_TASKS=4"]),
         ({"LOCAL_RANK": "1"}, ["LOCAL_RANK=1", "SLURM_LOCALID=0"]),
@@ -252,7 +252,6 @@ def test_pod_marks_what_it_cannot_prove() -> None:
         "local_rank",
         "local_world_size",
         "num_nodes",
-        "job_id",
         "hostname",
     }
     assert sources["node_rank"] == "RANK"
@@ -271,7 +270,15 @@ def test_pod_that_should_run_torchrun_says_so() -> None:
         ({"WORLD_SIZE": "1"}, ["WORLD_SIZE=1", "RANK is not set"]),
         ({"RANK": "0"}, ["RANK=0", "WORLD_SIZE is not set"]),
         ({"LOCAL_RANK": "0"}, ["LOCAL_RANK=0", "RANK and WORLD_SIZE are not set"]),
-        ({"OMPI_COMM_WORLD_RANK": "0"}, ["OMPI_COMM_WORLD_RANK=0", "OMPI_COMM_WORLD_SIZE is not set"]),
+        (
+            {"OMPI_COMM_WORLD_RANK": "0"},
+            [
+                "OMPI_COMM_WORLD_RANK=0",
+                "OMPI_COMM_WORLD_SIZE is not set",
+                "Start with the MPI launcher, or unset OMPI_COMM_WORLD_RANK.",
+            ],
+        ),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_ID": "0"}, ["SLURM_PROCID=0", "Start with srun, or unset SLURM_PROCID."]),
         ({"PMIX_RANK": "0", "PMIX_NAMESPACE": "job"}, ["PMIX_RANK=0", "WORLD_SIZE is not set"]),
         ({"SM_HOSTS": '["algo-1"]', "SM_CURRENT_HOST": "algo-2"}, ["SM_CURRENT_HOST=algo-2", "SM_HOSTS="]),
     ],

@@ -8,9 +8,15 @@ from rankwise.errors import LaunchError
 from rankwise.variables import hosts, number, shown, task_count
 
 
-@pytest.mark.parametrize("value", ["", "-1", "+1", "1.0", "1_0", " 1", "1\n", "one", "\u0663", "9" * 10, "9" * 5000])
-def test_what_is_no_count_is_refused_with_its_name_and_value(value: str) -> None:
-    with pytest.raises(LaunchError, match=r"RANK=.* is no count") as raised:
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        *((value, "not a whole number") for value in ("", "-1", "+1", "1.0", "1_0", " 1", "1\n", "one", "\u0663")),
+        *((value, "too large to count processes") for value in ("9" * 10, "9" * 5000)),
+    ],
+)
+def test_what_counts_nothing_is_refused_with_its_name_and_value(value: str, fault: str) -> None:
+    with pytest.raises(LaunchError, match=rf"^RANK='.* is {fault}.*: set it right, or unset it\.$") as raised:
         number({"RANK": value}, "RANK")
     assert len(str(raised.value)) < 200
 

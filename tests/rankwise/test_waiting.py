@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import tempfile
 import threading
@@ -158,53 +159,46 @@ def test_ranks_that_wait_for_a_killed_one_hear_of_its_death(tmp_path: Path, monk
     assert {path.name for path in tmp_path.glob("heard-*")} == {"heard-0", "heard-2"}
 
 
-@on_ranks(4)
-def test_nodes_work_for_themselves_without_a_session() -> None:
-    be_on_two_nodes()
-    rank = dist.get_rank()
-    for _ in range(3):
-        assert rankwise.on_local_main_process(dist.get_rank) == rank // 2 * 2
-
-    def fail() -> None:
-        raise ValueError(f"of {dist.get_rank()}")
-
-    with pytest.raises(RankFailedError, match=f"rank {rank // 2 * 2} .* failed: ValueError: of {rank // 2 * 2}"):
-        rankwise.on_local_main_process(fail)
-    with rankwise.local_main_process_first():
-        pass
-    assert rankwise.on_local_main_process(max, rank, 1) == (1 if rank < 2 else 2)
-
-
-@pytest.mark.parametrize("with_session", [False, True])
-@on_ranks(4)
-def test_local_main_process_goes_first(tmp_path: Path, with_session: bool) -> None:
-    be_on_two_nodes()
-    rank = dist.get_rank()
-
-    def work() -> None:
-        with rankwise.local_main_process_first():
-            names = {path.name for path in tmp_path.iterdir()}
-            (tmp_path / str(rank)).touch()
-        assert (rank % 2 == 0) or str(rank - 1) in names
-        assert str(rank + 1) not in names or rank % 2
-
-    if with_session:
+@on_ranks(2)
+def test_what_a_node_does_together_needs_a_session() -> None:
+    for _ in range(2):
+        with pytest.raises(RankwiseError, match=r"needs a session. Call it within rankwise.init\(\)"):
+            rankwise.on_local_main_process(dist.get_rank)
         with rankwise.init():
-            work()
-    else:
-        work()
+            assert rankwise.on_local_main_process(dist.get_rank) == 0
 
 
 @on_ranks(2)
-def test_new_group_starts_with_new_messages(tmp_path: Path) -> None:
-    for attempt in range(2):
-        for number in range(attempt, 3):
-            assert rankwise.on_local_main_process(lambda told: told, (attempt, number)) == (attempt, number)
-        dist.barrier()
-        dist.destroy_process_group()
-        store = dist.FileStore(str(tmp_path / f"group-{attempt}"), 2)
-        dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=2)
-        dist.barrier()
+def test_message_that_a_stranger_leaves_in_the_store_is_not_unpickled(tmp_path: Path) -> None:
+    with rankwise.init():
+        if dist.get_rank() == 1:
+            channel = link().node_channel()
+            link()._store.set(channel._key, pickle.dumps(Trap(tmp_path / "sprung")).hex())  # type: ignore[union-attr]
+            with pytest.raises(RankwiseError, match="not from a rank of this job"):
+                channel.receive("test")
+        rankwise.barrier("done")
+    assert not (tmp_path / "sprung").exists()
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+@on_ranks(4)
+def test_local_main_process_goes_first(tmp_path: Path) -> None:
+    be_on_two_nodes()
+    rank = dist.get_rank()
+    with rankwise.init(), rankwise.local_main_process_first():
+        names = {path.name for path in tmp_path.iterdir()}
+        (tmp_path / str(rank)).touch()
+    assert (rank % 2 == 0) or str(rank - 1) in names
+    assert str(rank + 1) not in names or rank % 2
 
 
 @on_ranks(2)
@@ -221,9 +215,16 @@ def test_rank_that_waits_in_vain_for_its_node_says_where_the_main_process_is(tmp
             (tmp_path / "waited").touch()
 
 
+def sealed(identity: Identity, store: HashStore) -> Link:
+    """A link as a session has it, with a secret that all ranks know."""
+    new = Link(identity, store=store)
+    new.secret = b"of this job"
+    return new
+
+
 def test_message_is_deleted_once_the_last_of_the_node_has_read_it() -> None:
     store = HashStore()
-    source, *others = (Link(identity_of(rank), store=store).node_channel() for rank in range(3))
+    source, *others = (sealed(identity_of(rank), store).node_channel() for rank in range(3))
     assert source.is_source
     assert [other.is_source for other in others] == [False, False]
     num_keys = store.num_keys()
@@ -236,13 +237,13 @@ def test_message_is_deleted_once_the_last_of_the_node_has_read_it() -> None:
 
 def test_message_that_nobody_reads_is_not_left() -> None:
     store = HashStore()
-    Link(identity_of(0, 1), store=store).node_channel().send(b"told")
+    sealed(identity_of(0, 1), store).node_channel().send(b"told")
     assert store.num_keys() == HashStore().num_keys()
 
 
 def test_messages_come_in_the_order_in_which_they_were_sent() -> None:
     store = HashStore()
-    sender, reader = (Link(identity_of(rank, 2), store=store) for rank in range(2))
+    sender, reader = (sealed(identity_of(rank, 2), store) for rank in range(2))
     for text in (b"first", b"second"):
         sender.node_channel().send(text)
     assert [reader.node_channel().receive("test") for _ in range(2)] == [b"first", b"second"]

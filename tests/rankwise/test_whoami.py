@@ -86,7 +86,9 @@ def test_device_is_null_where_the_environment_does_not_say() -> None:
     assert (told["launcher"], told["world_size"], told["is_main_process"]) == ("single", 1, True)
 
 
-def test_line_leaves_in_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("options", "last"), [([], b"shows\n"), (["--json"], b"}\n")])
+def test_all_leaves_in_one_write(options: list[str], last: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     written: list[tuple[int, bytes]] = []
 
     def write(descriptor: int, data: bytes) -> int:
@@ -94,9 +96,9 @@ def test_line_leaves_in_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
         return len(data)
 
     monkeypatch.setattr(os, "write", write)
-    assert main(["whoami", "--json"]) == 0
+    assert main(["whoami", *options]) == 0
     assert [descriptor for descriptor, _ in written] == [1]
-    assert written[0][1].endswith(b"}\n")
+    assert written[0][1].endswith(last)
 
 
 def test_neither_json_nor_the_table_imports_torch() -> None:
@@ -150,13 +152,16 @@ def test_full_disk_is_told_in_one_message() -> None:
 def test_table_names_the_source_of_every_value() -> None:
     done = run(environ=TORCHRUN)
     assert (done.returncode, done.stderr) == (0, "")
-    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in done.stdout.splitlines()}
+    first, *lines = done.stdout.splitlines()
+    assert first == "rank 3 of 4"
+    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in lines}
     assert rows.keys() == FIELDS - {"sources"}
     assert rows["rank"] == ["3", "RANK"]
     assert rows["local_world_size"] == ["2", "LOCAL_WORLD_SIZE"]
     assert rows["is_main_process"] == ["no"]
     assert rows["device"] == ["cuda:1", "the devices that the environment shows"]
-    starts = {line.index(line.split()[1], len(line.split()[0])) for line in done.stdout.splitlines()}
+    assert rows["hostname"] == [socket.gethostname(), "this system's own name"]
+    starts = {line.index(line.split()[1], len(line.split()[0])) for line in lines}
     assert len(starts) == 1, "the values are not aligned"
 
 
@@ -210,4 +215,12 @@ def test_table_shows_what_cannot_be_printed() -> None:
     identity = replace(Identity.resolve({}, hostname="host-a"), job_id="a\nb\x1b[31m")
     text = table(identity, None, probed=False)
     assert r"'a\nb\x1b[31m'" in text
-    assert len(text.splitlines()) == len(FIELDS) - 1
+    assert len(text.splitlines()) == 1 + len(FIELDS - {"sources"})
+
+
+def test_no_job_is_nobodys_assumption() -> None:
+    identity = Identity.resolve({}, hostname="host-a")
+    told = json.loads(json_line(identity, None))
+    assert (told["job_id"], told["sources"]["job_id"]) == (None, "none")
+    (line,) = (line for line in table(identity, None, probed=False).splitlines() if line.startswith("job_id"))
+    assert line.split() == ["job_id", "-", "-"]

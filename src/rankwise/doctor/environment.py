@@ -154,20 +154,31 @@ def _switch_findings(rows: Sequence[RankFacts]) -> Iterator[Finding]:
 
 
 def check_threads(rows: Sequence[RankFacts]) -> Check:
-    """No process computes with more threads than its share of the node's cores.
+    """No process is told to compute with more threads than its share of the node's cores.
+
+    Where nothing is told, `rankwise.init` takes that share; what torch has taken before does not matter then.
 
     Ranks: local.
     """
     crowded = {
         row.rank: f"{row.num_threads} threads in each of {row.local_world_size} processes, whose share is "
-        f"{row.fair_threads} of {row.num_cores} cores (OMP_NUM_THREADS: {row.variables.get(_THREADS, 'not set')})"
+        f"{row.fair_threads} of {_cores(row)} ({_THREADS}={row.variables[_THREADS]})"
         for row in rows
-        if row.num_threads > row.fair_threads
+        if row.num_threads > row.fair_threads and row.variables.get(_THREADS)
     }
     fair = min((row.fair_threads for row in rows if row.rank in crowded), default=1)
     findings = [Finding("warn", fold_values(crowded), f"Set {_THREADS}={fair}.")] if crowded else []
-    seen = fold_same({row.rank: f"torch computes with {row.num_threads} of {row.num_cores} cores" for row in rows})
-    return judge("threads", findings, seen)
+    seen = {
+        row.rank: f"torch computes with {row.num_threads} of {_cores(row)}"
+        if row.variables.get(_THREADS)
+        else f"init() computes with {row.fair_threads} of {_cores(row)}" + (" for each rank" if len(rows) > 1 else "")
+        for row in rows
+    }
+    return judge("threads", findings, fold_same(seen))
+
+
+def _cores(row: RankFacts) -> str:
+    return "1 core" if row.num_cores == 1 else f"{row.num_cores} cores"
 
 
 def check_versions(rows: Sequence[RankFacts]) -> Check:

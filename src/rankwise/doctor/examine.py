@@ -38,6 +38,7 @@ from rankwise.doctor.probes import (
 from rankwise.doctor.verdict import Check
 from rankwise.errors import LaunchError, MissingRanksError, RankFailedError, RankwiseError
 from rankwise.identity import Identity
+from rankwise.rendezvous import find_meeting_point
 
 MAX_PROBE_SECONDS = 15.0
 """How long one step of all ranks may take."""
@@ -160,8 +161,14 @@ class _Examination:
         if self.checks:
             self.checks.append(together.lost_connection(message))
         else:
-            num_nodes = self.identity.num_nodes
-            self.checks.append(together.failed_rendezvous(message, num_nodes=num_nodes, environ=os.environ))
+            self.checks.append(
+                together.failed_rendezvous(
+                    message,
+                    num_nodes=self.identity.num_nodes,
+                    environ=os.environ,
+                    is_place_known=_knows_where(self.identity),
+                )
+            )
             rows = [self.facts(0.0)]
             self.checks += [check(rows) for check in (check_variables, check_threads, *LOCAL_CHECKS)]
         self._print()
@@ -191,7 +198,16 @@ def _told(error: Exception) -> str:
     if isinstance(error, RankFailedError):
         first = error.failures[0]
         return f"rank {first.rank} ({first.host}) {error.verb}: {first.error_type}: {first.message}"
-    return str(error) if isinstance(error, RankwiseError) else first_line(error)
+    told = str(error) if isinstance(error, RankwiseError) else first_line(error)
+    return told.replace("(timeout_seconds)", "(--timeout)")  # the session's argument is this command's option
+
+
+def _knows_where(identity: Identity) -> bool:
+    try:
+        find_meeting_point(identity, os.environ)
+    except LaunchError:
+        return False
+    return True
 
 
 def _heed_sigterm_in_the_session_alone(world_size: int) -> bool:

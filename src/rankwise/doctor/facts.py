@@ -173,19 +173,16 @@ def probe_device(identity: Identity, select: Callable[[Identity], torch.device] 
 
 
 def probe_space(path: str) -> Space:
-    """How much room there is where `path` lies, or will lie once it is made.
+    """How much room there is in the folder `path`.
 
     Ranks: local.
     """
-    place = Path(path)
-    while True:
-        try:
-            found = os.statvfs(place)
-            break
-        except FileNotFoundError:
-            place = place.parent  # ends at the root, which is there
-        except OSError as error:
-            return Space(path, error=error.strerror or str(error))
+    try:
+        found = os.statvfs(path)
+    except FileNotFoundError:
+        return Space(path, error="there is no such folder")
+    except OSError as error:
+        return Space(path, error=error.strerror or str(error))
     return Space(path, found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize)
 
 

@@ -53,13 +53,18 @@ def lost_connection(message: str) -> Check:
     return Check("connection", "fail", message, _STAY)
 
 
-def failed_rendezvous(message: str, *, num_nodes: int, environ: Mapping[str, str]) -> Check:
-    """Some rank did not come.
+def failed_rendezvous(
+    message: str, *, num_nodes: int, environ: Mapping[str, str], is_place_known: bool = True
+) -> Check:
+    """Some rank did not come, or this one knew not where to.
 
     Args:
-        message: what the session said, which names it.
+        message: what the session said, which names the rank, or says what to set.
+        is_place_known: False where MASTER_ADDR or MASTER_PORT is missing: who is late does not matter then.
     Ranks: local.
     """
+    if not is_place_known:
+        return Check("rendezvous", "fail", message)
     address = environ.get("MASTER_ADDR", "")
     is_loopback = num_nodes > 1 and (address == "localhost" or address.startswith("127."))
     return Check("rendezvous", "fail", message, _NO_LOOPBACK if is_loopback else _COME)

@@ -34,7 +34,9 @@ def main(arguments: Sequence[str]) -> int:
     given = list(arguments)
     split = given.index("--") if "--" in given else len(given)
     try:
-        options = _parser().parse_args(given[:split])
+        options, unknown = _parser().parse_known_args(given[:split])
+        if unknown:
+            raise ValueError(_not_understood(options.kind, unknown, is_split="--" in given))
         text = _job_file(options, given[split + 1 :])
     except SystemExit as end:  # --help
         return int(end.code or 0)
@@ -44,6 +46,13 @@ def main(arguments: Sequence[str]) -> int:
     sys.stdout.buffer.write(text.encode())
     sys.stdout.buffer.flush()
     return 0
+
+
+def _not_understood(kind: str, unknown: Sequence[str], *, is_split: bool) -> str:
+    told = f"unrecognized arguments: {' '.join(unknown)}."
+    if not is_split:
+        told += f" Give the command after --: rankwise env {kind} ... -- python train.py."
+    return f"{told} See rankwise env {kind} --help."
 
 
 def _job_file(options: argparse.Namespace, command: list[str]) -> str:

@@ -20,6 +20,9 @@ STOP_SECONDS = 120
 
 _PORT = 29500
 _RUNS_PER_POD = 4
+_NO_CLAIM = """\
+# No shared volume is mounted: the run folder is each pod's own, and goes with it. --claim CLAIM:PATH mounts one.
+"""
 
 
 def manifest(options: argparse.Namespace, command: Sequence[str]) -> str:
@@ -46,7 +49,7 @@ def manifest(options: argparse.Namespace, command: Sequence[str]) -> str:
         documents = [_headless_service(name), _indexed_job(name, num_nodes, pod)]
     else:
         documents = [_pytorch_job(name, num_nodes, pod)]
-    return "---\n".join(_yaml(document) for document in documents)
+    return ("" if options.claim else _NO_CLAIM) + "---\n".join(_yaml(document) for document in documents)
 
 
 def _pod(options: argparse.Namespace, program: list[str]) -> dict[str, Any]:
