@@ -27,6 +27,12 @@ _TORCH = {
 }
 _BY_HAND = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 _STARTERS = {"SLURM_PROCID": "srun", "HOROVOD_RANK": "horovodrun", "JSM_NAMESPACE_RANK": "jsrun"}
+_UNEXPLAINED = (
+    ("PMI_RANK", "PMI_SIZE"),
+    ("FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
+    ("GROUP_RANK", "GROUP_WORLD_SIZE"),
+    ("LOCAL_WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+)
 _FIRST_SPECIAL_STEP = 4294967290  # this and the numbers above: an interactive shell, a batch script, ...
 
 
@@ -148,6 +154,7 @@ def slurm(environ: Environ) -> Facts | None:
         return None
     if re.fullmatch("[0-9]{10}", step) and int(step) >= _FIRST_SPECIAL_STEP:
         return None
+    number(environ, _first(environ, "SLURM_STEP_ID", "SLURM_STEPID"))
     facts = _read(
         environ,
         rank="SLURM_PROCID",
@@ -220,7 +227,16 @@ def env(environ: Environ) -> Facts | None:
 
 
 def single(environ: Environ) -> Facts:
-    """Nobody: one process, all alone. Also in a shell of a Slurm job, which srun did not start."""
+    """Nobody: one process, all alone. Also in a shell of a Slurm job, which srun did not start.
+
+    Variables of more than one process that no launcher explains are refused: each would be a job of its own, silently.
+    """
+    for name, size in _UNEXPLAINED:
+        if name in environ and number(environ, size if size in environ else name) > 1:
+            raise LaunchError(
+                f"{shown(environ, name, size)}: something started several processes; nothing says which this is. "
+                "Set RANK, WORLD_SIZE and LOCAL_RANK for each, or unset it."
+            )
     return {}
 
 

@@ -312,3 +312,23 @@ def test_page_names_every_variable_that_a_field_was_read_from() -> None:
         fields = identity.sources.keys() - {"hostname", "job_id", "launcher"}
         read = {identity.sources[name].replace("MVP_", "MV2_") for name in fields} - {"assumed"}
         assert {name for name in read if f"`{name}`" not in rows[identity.launcher]} == set()
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "PMI_RANK=1 PMI_SIZE=2: something started several processes"),
+        ({"FLUX_TASK_RANK": "0", "FLUX_JOB_SIZE": "4"}, "FLUX_TASK_RANK=0 FLUX_JOB_SIZE=4: something started"),
+        ({"LOCAL_WORLD_SIZE": "4"}, "LOCAL_WORLD_SIZE=4"),
+        ({"GROUP_RANK": "1", "GROUP_WORLD_SIZE": "3"}, "GROUP_RANK=1 GROUP_WORLD_SIZE=3"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_ID": ""}, "SLURM_STEP_ID=''"),
+    ],
+)
+def test_variables_of_many_processes_that_nobody_explains_are_refused(environ: dict[str, str], words: str) -> None:
+    with pytest.raises(LaunchError) as raised:
+        Identity.resolve(environ)
+    assert words in str(raised.value)
+
+
+def test_process_manager_of_one_process_is_a_single_process() -> None:
+    assert Identity.resolve({"PMI_RANK": "0", "PMI_SIZE": "1", "SLURM_JOB_ID": "7"}).launcher == "single"
