@@ -72,3 +72,37 @@ def test_error_of_the_main_process_reaches_those_that_wait_for_it(start_by_hand)
         assert "ZeroDivisionError: the data set has no clips" in other["message"]
         assert 'main_raises.py", line' in other["message"], "the traceback is missing"
         assert "in prepare" in other["message"]
+
+
+@pytest.mark.parametrize(("act", "speaker"), [("raise-late", 1), ("raise-while-main-is-busy", 0)])
+def test_error_is_printed_once_whatever_the_main_process_does(start_by_hand, act, speaker) -> None:
+    running = start_by_hand("misbehave.py", act, ranks=[0, 1], world_size=2)
+    failed = running[1].ended()
+    assert failed.status == 1, str(failed)
+    if act == "raise-while-main-is-busy":
+        running[0].process.kill()  # as a launcher does when a rank has failed
+    ended = [running[0].ended(), failed]
+    assert ended[speaker].stderr.count("reason") == 2, str(ended[speaker])  # the line of the script, and the error
+    assert "Traceback" in ended[speaker].stderr
+    assert "reason" not in ended[1 - speaker].stderr
+
+
+def test_main_process_that_hangs_is_named_though_it_holds_the_store(start_by_hand) -> None:
+    running = start_by_hand("misbehave.py", "stop-main", ranks=[0, 1], world_size=2)
+    told = running[1].ended()
+    running[0].process.kill()
+    assert told.status == 1
+    assert "barrier 'after': the others did not come within 2 s" in told.stderr
+    assert "Rank 0, whose process holds the store, does not answer" in told.stderr
+
+
+def test_second_stop_signal_ends_a_script_that_never_asks(start_by_hand) -> None:
+    for one in [
+        process.ended() for process in start_by_hand("misbehave.py", "ignore-sigterm", ranks=[0, 1], world_size=2)
+    ]:
+        assert (one.status, one.stdout) == (-15, "still here\n"), str(one)
+
+
+def test_group_of_spawned_processes_tells_them_their_places(launch, tmp_path) -> None:
+    done = launch.start(*launch.python, launch.program("misbehave.py"), "spawn", str(tmp_path)).ended()
+    assert (done.status, done.stdout) == (0, "group [(0, 0, 2), (1, 1, 2)]\n"), str(done)
