@@ -33,6 +33,7 @@ POST_SECONDS = 1.0
 """How often a rank tells what it is doing."""
 
 _CONNECT_SECONDS = 5.0
+_BYE_SECONDS = 1.0
 _MAX_LINE_BYTES = 4096
 _logger = logs.get_logger(__name__)
 _open_lifelines: weakref.WeakSet[Lifeline] = weakref.WeakSet()
@@ -68,6 +69,7 @@ class Lifeline:
         self._main_left = False
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._wake_receiver.setblocking(False)
+        self._wake_sender.setblocking(False)  # a full pipe wakes as well as one byte more
         self._selector.register(self._wake_receiver, selectors.EVENT_READ)
         self._nonce = ""
         self._listener: socket.socket | None = None
@@ -188,13 +190,20 @@ class Lifeline:
     def _run(self) -> None:
         next_post = 0.0
         while not self._closing:
-            for key, _ in self._selector.select(timeout=max(0.0, next_post - time.monotonic())):
-                self._serve(key.fileobj)  # type: ignore[arg-type]
+            for key, events in self._selector.select(timeout=max(0.0, next_post - time.monotonic())):
+                handle: Any = key.fileobj
+                if events & selectors.EVENT_WRITE and handle in self._peers:
+                    self._flush(handle)
+                if events & selectors.EVENT_READ:
+                    self._serve(handle)
             if time.monotonic() >= next_post:
                 self._post()
                 next_post = time.monotonic() + POST_SECONDS
         for connection in list(self._peers):
             self._send(connection, {"bye": True})
+            with contextlib.suppress(OSError):
+                connection.settimeout(_BYE_SECONDS)
+                connection.sendall(self._peers[connection].out)
             connection.close()
         self._selector.close()
         for handle in (self._listener, self._wake_receiver, self._wake_sender):
@@ -247,7 +256,8 @@ class Lifeline:
                 peer.left = True
                 self._main_left = self._main_left or peer.rank == 0
         except (ValueError, KeyError, TypeError, RecursionError):
-            self._forget(connection)
+            if peer.rank is None:  # a stranger
+                self._forget(connection)
 
     def _lose(self, connection: socket.socket, peer: _Peer) -> None:
         self._forget(connection)
@@ -296,10 +306,18 @@ class Lifeline:
                     self._send(connection, {"first": asdict(failure)})
 
     def _send(self, connection: socket.socket, message: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):
-            connection.settimeout(1.0)
-            connection.sendall(json.dumps(message).encode() + b"\n")
-            connection.setblocking(False)
+        """Send, now or when there is room: a peer that does not read holds up nobody, and no line is cut in two."""
+        self._peers[connection].out += json.dumps(message).encode() + b"\n"
+        self._flush(connection)
+
+    def _flush(self, connection: socket.socket) -> None:
+        out = self._peers[connection].out
+        with contextlib.suppress(OSError):  # no room yet; or the peer is gone, which reading tells
+            while out:
+                del out[: connection.send(out)]
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if out else 0)
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.modify(connection, events)
 
     def _forget(self, connection: socket.socket) -> None:
         self._peers.pop(connection, None)
@@ -322,6 +340,7 @@ class _Peer:
         self.host = host
         self.pid = pid
         self.rest = b""
+        self.out = bytearray()
         self.left = False
 
 
