@@ -336,7 +336,7 @@ def test_store_is_left_alone_once_the_main_process_is_lost(job: Job, monkeypatch
 def test_main_process_lingers_until_the_others_have_left(job: Job) -> None:
     main = job.open(0)
     with Peer(job, rank=1) as peer:
-        assert comes_true(lambda: len(main._peers) == 1)
+        assert comes_true(main._has_ranks)
         closing = threading.Thread(target=main.close, args=(60.0,))
         closing.start()
         closing.join(0.3)
