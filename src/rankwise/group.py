@@ -81,7 +81,12 @@ class Connection:
         self._link = Link(self._identity, store=_clone(prefix, store), timeout_seconds=self._timeout.total_seconds())
         if identity.world_size > 1:
             self._lifeline = Lifeline(
-                _clone(prefix, store), self._identity, self._one_machine, self._link.doing, self._on_first_failure
+                _clone(prefix, store),
+                self._identity,
+                self._one_machine,
+                self._link.doing,
+                self._on_first_failure,
+                logs.receive,
             )
             self._link.lifeline = self._lifeline
         return self._identity
@@ -136,6 +141,13 @@ class Connection:
         if self._lifeline is not None:
             self._lifeline.close(linger_seconds=LINGER_SECONDS)
         self._store = self._lifeline = self._link = None
+
+    def send_record(self, record: dict[str, Any]) -> bool:
+        """Hand a log record over to the main process's console; False where it cannot get there.
+
+        Ranks: local.
+        """
+        return self._lifeline is not None and self._lifeline.send_record(record)
 
     def first_failure(self, timeout_seconds: float) -> RankFailure | None:
         """The failure that was noted first in the whole job, by order of arrival; None if none comes in time.

@@ -17,6 +17,7 @@ import socket
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -32,6 +33,10 @@ FIRST_FAILURE = "first_failure"
 POST_SECONDS = 1.0
 """How often a rank tells what it is doing."""
 
+MAX_RECORDS = 1000
+"""Log records that may wait for rank 0 to read them; further ones are refused."""
+
+_MAX_WAITING_BYTES = 1 << 16
 _CONNECT_SECONDS = 5.0
 _BYE_SECONDS = 1.0
 _MAX_LINE_BYTES = 4096
@@ -46,6 +51,7 @@ class Lifeline:
         store: for this thread alone (a clone): one that waits on a shared store stalls everybody else's calls.
         doing: what this rank is doing, as JSON.
         on_first_failure: called once, from the thread, with the first failure of the job.
+        on_record: on rank 0, called from the thread with each log record that another rank sends.
     """
 
     def __init__(
@@ -55,6 +61,7 @@ class Lifeline:
         one_machine: bool,
         doing: Callable[[], str],
         on_first_failure: Callable[[RankFailure], None],
+        on_record: Callable[[dict[str, Any]], None] = lambda record: None,
     ) -> None:
         self.first_failure: RankFailure | None = None
         self.heard = threading.Event()
@@ -63,6 +70,9 @@ class Lifeline:
         self._identity = identity
         self._doing = doing
         self._on_first_failure = on_first_failure
+        self._on_record = on_record
+        self._announced = False
+        self._records: deque[dict[str, Any]] = deque()
         self._selector = selectors.DefaultSelector()
         self._peers: dict[socket.socket, _Peer] = {}
         self._closing = False
@@ -110,7 +120,19 @@ class Lifeline:
 
         Ranks: local.
         """
+        self._announced = True
         self._wake(b"f")
+
+    def send_record(self, record: dict[str, Any]) -> bool:
+        """Hand a log record over to rank 0's console; False where it cannot get there.
+
+        Ranks: local; on ranks other than the main process. Never waits.
+        """
+        if self._closing or not self._peers or self._identity.is_main_process or len(self._records) >= MAX_RECORDS:
+            return False
+        self._records.append(record)
+        self._wake(b"r")
+        return True
 
     def post(self) -> None:
         """Tell soon what this rank is doing, rather than within a second.
@@ -196,9 +218,13 @@ class Lifeline:
                     self._flush(handle)
                 if events & selectors.EVENT_READ:
                     self._serve(handle)
+            self._send_records()
             if time.monotonic() >= next_post:
                 self._post()
                 next_post = time.monotonic() + POST_SECONDS
+        if self._announced:
+            self._spread()
+        self._send_records()
         for connection in list(self._peers):
             self._send(connection, {"bye": True})
             with contextlib.suppress(OSError):
@@ -250,6 +276,8 @@ class Lifeline:
                     self._send(connection, {"first": asdict(self.first_failure)})
             elif "first" in told:
                 self._learn(RankFailure(**told["first"]))
+            elif "record" in told:
+                self._on_record({**told["record"], "rank": peer.rank})
             elif "failed" in told:
                 self._spread()
             elif "bye" in told:
@@ -304,6 +332,12 @@ class Lifeline:
             for connection, peer in list(self._peers.items()):
                 if peer.rank is not None:
                     self._send(connection, {"first": asdict(failure)})
+
+    def _send_records(self) -> None:
+        for connection, peer in list(self._peers.items()):
+            # As fast as rank 0 reads, so that news of a failure never stands behind a flood of records.
+            while self._records and len(peer.out) < _MAX_WAITING_BYTES:
+                self._send(connection, {"record": self._records.popleft()})
 
     def _send(self, connection: socket.socket, message: dict[str, Any]) -> None:
         """Send, now or when there is room: a peer that does not read holds up nobody, and no line is cut in two."""

@@ -75,6 +75,13 @@ class Session:
         """
         return collectives.agree(self._stop_requested)
 
+    def set_step(self, step: int | None) -> None:
+        """Let log records carry the step from now on.
+
+        Ranks: local.
+        """
+        logs.set_step(step)
+
     def first_failure(self, timeout_seconds: float = FIRST_FAILURE_SECONDS) -> RankFailure | None:
         """The failure that was noted first in the whole job, by order of arrival; None if none comes in time.
 
@@ -152,6 +159,7 @@ def init(
     share_devices: bool = False,
     bind_cpus: bool = False,
     log_level: int | str = "INFO",
+    capture_prints: bool = False,
 ) -> Iterator[Session]:
     """Set this process up for a run on all its ranks, and clean up at the end whatever happens.
 
@@ -176,6 +184,7 @@ def init(
         make_group: make a process group at world size 1 too, on loopback.
         bind_cpus: keep this process on cores of its own near its device; as `rankwise.bind_cpus`.
         log_level: records below it go nowhere.
+        capture_prints: what `print` writes becomes INFO records: on the console of the main process alone.
     Raises:
         LaunchError: the environment contradicts itself, or the ranks contradict each other.
         DeviceError: there is no device (at world size 1; otherwise RankFailedError on every rank), or two ranks are on
@@ -201,6 +210,8 @@ def init(
         stack.enter_context(_stop_signals(session))
         stack.callback(lambda: session._logs.close() if session._logs is not None else None)
         stack.callback(lambda: connection.close(failed=session._failed))
+        # Warnings that wait for equal ones go to the main process while there is a way.
+        stack.callback(lambda: session._logs.flush() if session._logs is not None else None)
         stack.callback(_set_open_session, None)
         _set_open_session(session)
         try:
@@ -210,7 +221,15 @@ def init(
                 session.device = select_device(session.identity, device_type, share=share_devices)
                 _set_threads(session, bind_cpus)
                 # Until here a process may claim the rank, and so the log file, of another.
-                session._logs = logs.configure(session.identity, session.run_dir, log_level)
+                session._logs = logs.configure(
+                    session.identity,
+                    session.run_dir,
+                    log_level,
+                    device=str(session.device),
+                    capture_prints=capture_prints,
+                )
+                if not session.identity.is_main_process:
+                    logs.set_channel(connection.send_record)
             except Exception as error:
                 setup_error = _cannot_start(session.identity, error)
             connection.open(
@@ -335,7 +354,7 @@ def _write_run_file(session: Session, run_dir: Path) -> None:
                 "torch": str(torch.__version__),
                 "python": platform.python_version(),
             },
-            "command": sys.orig_argv,
+            "command": logs.redact_command(sys.orig_argv),
             "git_revision": _git_revision(),
             "launcher": identity.launcher,
             "job_id": identity.job_id,

@@ -117,6 +117,7 @@ def train(config: TrainConfig) -> int:
             else:
                 generator_step(x, state, config)
             state.step += 1
+            session.set_step(state.step)
             if is_main:
                 clips_per_second = progress.advance(state.step, num_clips)
 

@@ -1,15 +1,15 @@
 """Every rank's records are in its file; the console shows what one person wants to see."""
 
-import errno
-import io
 import json
 import logging
 import os
-import re
+import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 def read(run_dir: Path, rank: int) -> list[dict[str, Any]]:
+    """What has to be in the file half a second after the last record."""
+    for handler in logging.getLogger().handlers:
+        handler.flush()
     return [json.loads(line) for line in (run_dir / f"logs/rank-{rank:05d}.jsonl").read_text().splitlines()]
 
 
@@ -55,7 +58,8 @@ def test_file_has_every_field(tmp_path: Path, start: Start) -> None:
         logger.exception("caught %d", 7)
     (record,) = read(tmp_path, 3)
     error = record.pop("exception")
-    assert datetime.fromisoformat(record.pop("time")).utcoffset() is not None
+    assert datetime.fromisoformat(record.pop("time")).utcoffset() == timedelta(0)
+    assert abs(record.pop("monotonic_ns") - time.monotonic_ns()) < 60e9
     assert record == {
         "level": "ERROR",
         "logger": "test.logs",
@@ -98,48 +102,8 @@ def test_console_shows_info_of_the_main_process_and_labelled_warnings_of_others(
     assert [line.split(" ", 1)[1] for line in lines] == [
         "INFO    test.logs: info of 0",
         "WARNING test.logs: warning of 0",
-        "WARNING [rank 1] test.logs: warning of 1",
+        "WARNING [rank 1, node-a] test.logs: warning of 1",
     ]
-
-
-@pytest.mark.parametrize("rank", [0, 1, 2])
-def test_ranks_choose_who_makes_a_record_and_a_list_shows_it(
-    tmp_path: Path, start: Start, capsys: pytest.CaptureFixture[str], rank: int
-) -> None:
-    start(rank)
-    logger.info("all")
-    logger.info("main", ranks="main")
-    logger.info("listed", ranks=[1, 2])
-    assert [record["message"] for record in read(tmp_path, rank)] == (
-        ["all", "main"] if rank == 0 else ["all", "listed"]
-    )
-    assert ("listed" in capsys.readouterr().err) == (rank != 0)
-
-
-def test_once_drops_equal_records_until_the_session_ends(tmp_path: Path, start: Start) -> None:
-    for _ in range(2):
-        handle = start(0)
-        for number in (1, 1, 2):
-            logger.info("number %d", number, once=True)
-        handle.close()
-    assert [record["message"][-1] for record in read(tmp_path, 0)] == ["1", "2", "1", "2"]
-
-
-def test_records_below_the_level_go_nowhere_and_cost_no_formatting(tmp_path: Path, start: Start) -> None:
-    start(0)
-    logger.debug("%s", object.__new__(_Explosive))
-    assert read(tmp_path, 0) == []
-
-
-class _Explosive:
-    def __str__(self) -> str:
-        raise AssertionError("formatted")
-
-
-def test_place_of_the_call_is_the_caller_s(caplog: pytest.LogCaptureFixture, start: Start) -> None:
-    start(0)
-    logger.info("here")
-    assert caplog.records[0].funcName == "test_place_of_the_call_is_the_caller_s"
 
 
 def test_other_loggers_and_warnings_come_along(tmp_path: Path, start: Start) -> None:
@@ -160,10 +124,38 @@ def test_close_restores_what_was_there(start: Start) -> None:
     root = logging.getLogger()
     before = (root.level, list(root.handlers))
     handle = start(0)
-    assert len(root.handlers) == len(before[1]) + 2
+    assert len(root.handlers) == len(before[1]) + 1
     handle.close()
     handle.close()
     assert (root.level, root.handlers) == before
+
+
+def test_stream_handlers_of_the_console_are_off_while_ours_is_on(
+    start: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = logging.getLogger()
+    theirs, kept = logging.StreamHandler(sys.stderr), logging.NullHandler()
+    monkeypatch.setattr(root, "handlers", [theirs, kept])
+    handle = start(1)
+    logger.info("told to nobody")
+    handle.flush()
+    assert root.handlers[:-1] == [kept]
+    assert capsys.readouterr().err == ""
+    handle.close()
+    assert set(root.handlers) == {theirs, kept}
+
+
+def test_record_that_a_filter_fails_on_does_not_raise(
+    tmp_path: Path, start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(record: logging.LogRecord) -> bool:
+        raise ValueError("no")
+
+    start(0)
+    logging.getLogger().handlers[-1].addFilter(fail)
+    logger.info("hello")
+    assert [record["message"] for record in read(tmp_path, 0)] == ["hello"]
+    assert "a log record is not filtered (ValueError: no): hello" in capsys.readouterr().err
 
 
 def test_message_that_cannot_be_formatted_is_kept_as_it_is(
@@ -178,59 +170,6 @@ def test_message_that_cannot_be_formatted_is_kept_as_it_is(
     assert "'%d items' with ('many',)" in capsys.readouterr().err
 
 
-def test_full_disk_costs_records_and_never_the_run(
-    tmp_path: Path, start: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    handle = start(1)
-    write = os.write
-    room = [12]
-
-    def write_until_full(descriptor: int, content: bytes) -> int:
-        if room[0] <= 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        room[0] -= (num_written := write(descriptor, content[: room[0]]))
-        return num_written
-
-    monkeypatch.setattr(os, "write", write_until_full)
-    for number in range(3):
-        logger.info("lost %d", number)
-    monkeypatch.setattr(os, "write", write)
-    logger.info("after")
-    handle.close()
-    assert (tmp_path / "logs/rank-00001.jsonl").read_text().splitlines()[0] == '{"time": "20'
-    assert json.loads((tmp_path / "logs/rank-00001.jsonl").read_text().splitlines()[1])["message"] == "after"
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2
-    assert "12 of" in told[0]
-    assert "3 log records are missing" in told[1]
-
-
-def test_logger_works_before_any_session(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    for rank, local_rank in (("1", "1"), ("0", "0"), ("7", "0")):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("LOCAL_RANK", local_rank)
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        logger.warning("rank %s", rank, ranks="main")
-    # The environment of rank 7 of 2 contradicts itself; a log call is no place to say so.
-    assert [record.getMessage() for record in caplog.records] == ["rank 0", "rank 7"]
-
-
-def test_terminal_gets_rich_lines_with_the_same_label(
-    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    start(1)
-    logger.warning("look [here]")
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue())
-    assert "[rank 1] test.logs: look [here]" in plain
-    assert plain != terminal.getvalue()
-
-
 @on_ranks(2)
 def test_each_rank_writes_its_own_file(tmp_path: Path) -> None:
     rank = int(os.environ["RANK"])
@@ -238,3 +177,174 @@ def test_each_rank_writes_its_own_file(tmp_path: Path) -> None:
     logger.info("hello from %d", rank)
     handle.close()
     assert [record["message"] for record in read(tmp_path, rank)] == [f"hello from {rank}"]
+
+
+def test_records_carry_the_step_from_when_it_is_set(tmp_path: Path, start: Start) -> None:
+    handle = start(0)
+    logger.info("before")
+    logs.set_step(7)
+    logger.info("within")
+    logs.set_step(None)
+    logger.info("after")
+    assert [record.get("step") for record in read(tmp_path, 0)] == [None, 7, None]
+    logs.set_step(8)
+    handle.close()
+    start(0)
+    logger.info("next session")
+    assert "step" not in read(tmp_path, 0)[-1]
+
+
+def test_channel_carries_warnings_and_what_is_addressed_to_the_rank(
+    start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent: list[dict[str, Any]] = []
+    handle = start(1)
+    logs.set_channel(lambda record: sent.append(record) is None)
+    logger.info("quiet")
+    logger.info("listed", ranks=[1])
+    logger.warning("loud")
+    logger.warning("in the file", extra=logs.FILE_ONLY)
+    handle.close()
+    assert [(record["message"], record["rank"]) for record in sent] == [("listed", 1), ("loud", 1)]
+    assert capsys.readouterr().err == ""
+
+
+def test_channel_ends_with_the_session(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    handle = start(1)
+    logs.set_channel(lambda record: True)
+    handle.close()
+    handle = start(1)
+    logger.warning("loud")
+    handle.close()
+    assert "loud" in capsys.readouterr().err
+
+
+def test_records_of_other_ranks_are_folded_with_the_main_process_s_own(
+    start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent: list[dict[str, Any]] = []
+    handle = start(1)
+    logs.set_channel(lambda record: sent.append(record) is None)
+    logger.warning("hot")
+    handle.close()
+    handle = start(0)
+    logger.warning("hot")
+    for rank in (1, 2, 3):
+        logs.receive(sent[0] | {"rank": rank})
+    handle.close()
+    assert [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()] == [
+        "WARNING test.logs: hot (x4, ranks 0-3)"
+    ]
+
+
+def test_record_that_comes_after_the_session_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.receive({"level": "ERROR", "logger": "a", "message": "late", "rank": 3})
+    assert "[rank 3] a: late" in capsys.readouterr().err
+
+
+def test_prints_become_records_where_that_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for rank in (0, 1):
+        handle = logs.configure(identity(rank), tmp_path, capture_prints=True)
+        print("printed by", rank)
+        handle.close()
+        assert [(record["logger"], record["message"]) for record in read(tmp_path, rank)] == [
+            ("print", f"printed by {rank}")
+        ]
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.endswith("print: printed by 0\n")
+
+
+def test_files_are_rotated_and_every_record_is_in_one_of_them(tmp_path: Path) -> None:
+    handle = logs.configure(identity(0), tmp_path, max_bytes=2000)
+    for number in range(100):
+        logger.info("number %d", number)
+    handle.close()
+    files = sorted((tmp_path / "logs").glob("*.0*.jsonl"))
+    assert len(files) > 5
+    lines = [line for path in [*files, tmp_path / "logs/rank-00000.jsonl"] for line in path.read_text().splitlines()]
+    assert [json.loads(line)["message"] for line in lines] == [f"number {number}" for number in range(100)]
+
+
+def test_values_of_secret_variables_are_in_neither_file_nor_console(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_API_TOKEN", "do-not-tell-anybody")
+    handle = logs.configure(identity(0), tmp_path)
+    logging.getLogger("third.party").info("login with do-not-tell-anybody")
+    handle.close()
+    assert read(tmp_path, 0)[0]["message"] == "login with ***"
+    assert "do-not-tell" not in capsys.readouterr().err
+
+
+def test_wrong_level_leaves_nothing_behind(tmp_path: Path) -> None:
+    handlers = list(logging.getLogger().handlers)
+    with pytest.raises(ValueError, match="LOUD"):
+        logs.configure(identity(0), tmp_path, "LOUD")
+    assert logging.getLogger().handlers == handlers
+    assert not list(tmp_path.iterdir())
+
+
+def test_import_needs_no_torch() -> None:
+    code = "import sys, rankwise.logs.fold; sys.exit('torch' in sys.modules or 'rich' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_signal_handler_may_log_at_any_time(tmp_path: Path) -> None:
+    code = f"""
+import signal
+from rankwise import logs
+from rankwise.identity import Identity
+handle = logs.configure(Identity(1, 1, 0, 2, 2, 1), {str(tmp_path)!r})
+logs.set_channel(lambda record: True)
+log = logs.get_logger("a")
+num_signals = 0
+def on_alarm(number, frame):
+    global num_signals
+    num_signals += 1
+    log.log(20 + 10 * (num_signals % 2), "signal")
+signal.signal(signal.SIGALRM, on_alarm)
+signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+for number in range(3000):
+    log.log(20 + 10 * (number % 2), "main")
+signal.setitimer(signal.ITIMER_REAL, 0)
+handle.close()
+print(num_signals)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.stderr == ""
+    said = [record["message"] for record in read(tmp_path, 1)]
+    assert (said.count("main"), said.count("signal")) == (3000, int(done.stdout))
+    assert int(done.stdout) > 10
+
+
+def test_info_does_not_wait_for_a_warning_of_another_thread_that_waits_for_the_disk(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(1)
+    hangs, goes_on, is_done = threading.Event(), threading.Event(), threading.Event()
+    write = os.write
+
+    def write_slowly(descriptor: int, content: bytes) -> int:
+        hangs.set()
+        goes_on.wait(60)
+        return write(descriptor, content)
+
+    def train() -> None:
+        logger.info("step")
+        is_done.set()
+
+    # Other handlers of the root logger do wait for each other.
+    monkeypatch.setattr(logging.getLogger(), "handlers", logging.getLogger().handlers[-1:])
+    monkeypatch.setattr(os, "write", write_slowly)
+    threads = [threading.Thread(target=logger.warning, args=("slow",)), threading.Thread(target=train)]
+    threads[0].start()
+    assert hangs.wait(20)
+    threads[1].start()
+    try:
+        assert is_done.wait(20)
+    finally:
+        goes_on.set()
+        for thread in threads:
+            thread.join()
+    assert [record["message"] for record in read(tmp_path, 1)] == ["slow", "step"]

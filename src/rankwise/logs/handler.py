@@ -1,0 +1,116 @@
+"""The one handler on the root logger: every record of this process passes it, to the file and to the console."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from rankwise.identity import Identity
+from rankwise.logs import screen, state
+from rankwise.logs.children import ChildLine, at_exit_of_child, log_path
+from rankwise.logs.files import say_on_stderr
+from rankwise.logs.record import Form, make_item, safe_text
+from rankwise.logs.teller import Teller
+from rankwise.logs.writer import FileWriter
+
+
+class RankHandler(logging.Handler):
+    """Gives each record to this rank's file, and to the console where one person wants to see it.
+
+    Nothing here waits but for a record at WARNING and above, which waits for the file.
+
+    Raises:
+        OSError: the file cannot be opened.
+    Ranks: local.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        run_dir: str | os.PathLike[str] | None,
+        *,
+        device: str,
+        max_bytes: int,
+        num_backups: int | None,
+    ) -> None:
+        super().__init__()
+        form = Form(identity, device)
+        self.identity = identity
+        self.writer: FileWriter | None = None
+        self._run_dir = run_dir
+        self._least_told = logging.WARNING if not identity.is_main_process or state.is_worker else 0
+        self._has_exit = False
+        if run_dir is not None:
+            path = log_path(run_dir, identity.rank, os.getpid() if state.is_worker else None)
+            self.writer = FileWriter(path, form, max_bytes, num_backups)
+            self.writer.open()
+        self.teller = Teller(form, rank=identity.rank, world_size=identity.world_size)
+        self.children = ChildLine(self.teller.put)
+
+    def createLock(self) -> None:
+        """None: `handle` takes no lock, since one that waits for the disk must not keep others from the queue."""
+        self.lock = None
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Take the record up, and never raise."""
+        try:
+            if self.filters and not self.filter(record):
+                return False
+        except Exception as error:
+            _say_lost(record, error, "is not filtered")
+        self.emit(record)
+        return True
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take the record up, and never raise."""
+        try:
+            item = make_item(record)
+            if state.is_worker and not self._has_exit:
+                self._has_exit = True
+                at_exit_of_child(self.flush)
+            if self.writer is not None:
+                self.writer.put(item)
+            if self._is_told(record) and not self.teller.is_current_thread():
+                self.teller.put(item)
+        except Exception as error:
+            _say_lost(record, error, "is lost")
+
+    def flush(self) -> None:
+        """Bring file and console up to date."""
+        if self.writer is not None:
+            self.writer.flush()
+        self.teller.flush()
+
+    def close(self) -> None:
+        """Bring file and console up to date, and let go of both."""
+        self.children.close()
+        if self.writer is not None:
+            self.writer.close()
+        self.teller.close()
+        super().close()
+
+    def after_fork_in_parent(self) -> None:
+        """There may be a child now that has something to say."""
+        self.children.listen()
+
+    def after_fork_in_child(self) -> None:
+        """This process has the rank's place, but a file of its own, and speaks through its parent."""
+        state.is_worker = True
+        state.send = self.children.send
+        self.children.leave_rank()
+        self._least_told = logging.WARNING
+        self._has_exit = False
+        if self.writer is not None and self._run_dir is not None:
+            self.writer.move_to(log_path(self._run_dir, self.identity.rank, os.getpid()))
+        self.teller.reset()
+        screen.forget_terminal()
+
+    def _is_told(self, record: logging.LogRecord) -> bool:
+        if getattr(record, "rankwise_file_only", False):
+            return False
+        return record.levelno >= self._least_told or getattr(record, "rankwise_shown", False)
+
+
+def _say_lost(record: logging.LogRecord, error: Exception, how: str) -> None:
+    what = f"{type(error).__name__}: {safe_text(error)}"
+    say_on_stderr(f"rankwise: a log record {how} ({what}): {safe_text(record.msg):.200}")

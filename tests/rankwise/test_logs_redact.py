@@ -1,0 +1,63 @@
+"""Secrets of the environment reach no file of ours."""
+
+import pytest
+
+from rankwise.logs.redact import redact, redact_command
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "aws_secret_access",
+        "DB_PASSWORD",
+        "DB_PASSWD",
+        "MY_CREDENTIALS",
+        "PROXY_AUTH",
+        "KEY",
+    ],
+)
+def test_value_of_a_variable_that_speaks_of_a_secret_is_hidden(name: str) -> None:
+    assert redact("sent s3cr3t-value!", {name: "s3cr3t-value"}) == "sent ***!"
+
+
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "GIT_AUTHOR_NAME", "PWD", "HOME", "KEYBOARD_LAYOUT"])
+def test_value_of_another_variable_stays(name: str) -> None:
+    assert redact("in /home/somebody", {name: "/home/somebody"}) == "in /home/somebody"
+
+
+def test_short_values_stay_since_they_stand_in_many_lines() -> None:
+    assert redact("step 1234 true", {"API_KEY": "1234", "USE_TOKEN": "true", "TOKEN": ""}) == "step 1234 true"
+
+
+def test_secret_that_begins_with_another_is_hidden_whole() -> None:
+    environ = {"A_TOKEN": "12345678", "B_TOKEN": "12345678-and-more"}
+    assert redact("12345678-and-more 12345678", environ) == "*** ***"
+
+
+def test_password_in_an_address_is_hidden() -> None:
+    assert redact("GET https://me:hunter2@host/a?b", {}) == "GET https://***@host/a?b"
+    assert redact("mail me@host, see https://host/a", {}) == "mail me@host, see https://host/a"
+
+
+def test_options_of_a_command_hide_what_they_are_given() -> None:
+    command = [
+        "train.py",
+        "--api-key=abc",
+        "--hub-token",
+        "abc",
+        "--steps=3",
+        "--password",
+        "--lr",
+        "1e-3",
+        "abc-env-abc",
+    ]
+    assert redact_command(command, {"X_TOKEN": "abc-env-abc"}) == [
+        "train.py", "--api-key=***", "--hub-token", "***", "--steps=3", "--password", "--lr", "1e-3", "***",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["sent s3cr3t\tvalue!", "sent s3cr3t\\tvalue!", "sent s3cr3t\tvalue\n!"])
+def test_secret_is_hidden_without_its_newline_and_as_repr_shows_it_too(text: str) -> None:
+    assert redact(text, {"HF_TOKEN": "s3cr3t\tvalue\n"}) == "sent ***!"
