@@ -38,6 +38,7 @@ FLOORS = {
     "rankwise.whoami": 4,
     "rankwise.doctor": 4,
     "rankwise.jobfiles": 4,
+    "rankwise.logreader": 4,
     "rankwise.cli": 4,
     "rankwise.__main__": 4,
     "videovae": 10,
