@@ -115,10 +115,10 @@ class Session:
             _record_for_torchrun(error)
         if first is None or isinstance(error, SystemExit | KeyboardInterrupt):
             return None  # nobody else speaks of it
-        spoken = self._speak(error if consequence is None else consequence, first)
-        return consequence if spoken and consequence is not error else None
+        self._speak(error if consequence is None else consequence, first)
+        return consequence if consequence is not error else None
 
-    def _speak(self, error: BaseException, first: RankFailure) -> bool:
+    def _speak(self, error: BaseException, first: RankFailure) -> None:
         """Let the first failure of the job be printed once, where a person looks last."""
         assert self._connection is not None, "there is one before anything can fail"
         is_own = first.rank == self.identity.rank
@@ -130,7 +130,6 @@ class Session:
         if not is_own and not isinstance(error, RankFailedError | MissingRanksError):
             words = f"rankwise: rank {self.identity.rank} failed after it: {type(error).__name__}: {error}"
         lastwords.set_last_words(error, words)
-        return True
 
     def _is_speaker(self, first: RankFailure) -> bool:
         """Whether this rank prints the first failure: the main process does, and where it died one or two a node."""

@@ -116,7 +116,9 @@ class Link:
         options = dist.BroadcastOptions()
         self.run(lambda group: group.broadcast([secret], options), options, "the start", None)
         self.secret = secret.numpy().tobytes()
-        self.run(lambda group: group.broadcast([secret], options), options, "the start", None)
+        # A broadcast does not hold its source back; only this says that all are here.
+        ready, summing = torch.zeros(1), dist.AllreduceOptions()
+        self.run(lambda group: group.allreduce([ready], summing), summing, "the start", None)
 
     def run(
         self, start: Callable[[dist.ProcessGroup], dist.Work], options: Any, what: str, timeout_seconds: float | None
