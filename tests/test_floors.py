@@ -18,6 +18,7 @@ FLOORS = {
     "rankwise.rendezvous": 0,
     "rankwise.visible": 0,
     "rankwise.files": 0,
+    "rankwise.redact": 0,
     "rankwise.parent": 1,
     "rankwise.device": 1,
     "rankwise.threads": 1,

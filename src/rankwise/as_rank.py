@@ -10,6 +10,7 @@ import contextlib
 import os
 import runpy
 import sys
+import traceback
 from collections.abc import Sequence
 from types import ModuleType, TracebackType
 
@@ -72,7 +73,7 @@ def _leave_word(kind: type[BaseException], error: BaseException, trace: Tracebac
 
 def _print(kind: type[BaseException], error: BaseException) -> None:
     shown = error.with_traceback(without_own_frames(error))
-    sys.__excepthook__(kind, shown, shown.__traceback__)
+    lastwords.print_words("".join(traceback.format_exception(kind, shown, shown.__traceback__)))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ import traceback
 from dataclasses import dataclass
 from types import TracebackType
 
+from rankwise.redact import make_redactor
+
 LOST = "RankLost"
 """The `error_type` of a rank that ended without a word."""
 
@@ -71,10 +73,14 @@ class RankFailure:
 
     @classmethod
     def of(cls, error: BaseException, *, rank: int, host: str, device: str = "", pid: int | None = None) -> RankFailure:
-        """The failure of `rank`, described so that it can travel to the others."""
+        """The failure of `rank`, described so that it can travel to the others, be printed and stand in a file.
+
+        Values of variables that are named like secrets are left out of it.
+        """
+        clean = make_redactor(os.environ)
         known = isinstance(error, RankwiseError)
         lines = [] if known else traceback.format_exception(type(error), error, without_own_frames(error))
-        return cls(rank, host, type(error).__name__, str(error), "".join(lines), device, pid)
+        return cls(rank, host, type(error).__name__, clean(text_of(error)), clean("".join(lines)), device, pid)
 
     @property
     def is_loss(self) -> bool:
@@ -101,6 +107,17 @@ def without_own_frames(error: BaseException) -> TracebackType | None:
     while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename.startswith(own):
         trace = trace.tb_next
     return trace
+
+
+def text_of(error: BaseException) -> str:
+    """The message of an error, also of one that cannot say it.
+
+    Ranks: local.
+    """
+    try:
+        return str(error)
+    except Exception as trouble:
+        return f"<no text: {type(trouble).__name__} in its __str__>"
 
 
 class RankFailedError(RankwiseError):

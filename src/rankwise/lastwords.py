@@ -10,13 +10,16 @@ import contextlib
 import json
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
-from rankwise.errors import RankFailure
+from rankwise.errors import RankFailure, text_of
 from rankwise.files import write_atomic
+from rankwise.redact import make_redactor, redact
 
 _ATTRIBUTE = "_rankwise_last_words"
 FOLDER = "RANKWISE_LAST_WORDS"
@@ -31,7 +34,7 @@ def set_last_words(error: BaseException, words: str) -> None:
     Ranks: local.
     """
     with contextlib.suppress(AttributeError):
-        setattr(error, _ATTRIBUTE, words)
+        setattr(error, _ATTRIBUTE, redact(words))
     if not hasattr(sys.excepthook, _ATTRIBUTE):
         # Again for every error: torch puts its own hook before this one with each process group that it makes.
         sys.excepthook = _hook_before(sys.excepthook)
@@ -59,14 +62,14 @@ def _hook_before(previous: _Hook) -> _Hook:
 
 
 def print_words(words: str) -> None:
-    """Write to stderr with one call, so that ranks do not cut into each other.
+    """Write to stderr with one call, so that ranks do not cut into each other, and without secrets.
 
     Ranks: local.
     """
     with contextlib.suppress(OSError, ValueError):
         if sys.stdout is not None:
             sys.stdout.flush()
-        sys.stderr.write(words.rstrip("\n") + "\n")
+        sys.stderr.write(redact(words).rstrip("\n") + "\n")
         sys.stderr.flush()
 
 
@@ -111,6 +114,26 @@ def tell_launcher(failure: RankFailure, environ: Mapping[str, str] = os.environ)
     except OSError:
         return False
     return True
+
+
+def tell_torchrun(error: BaseException, environ: Mapping[str, str] = os.environ) -> None:
+    """Leave word where torchrun's agent looks for what ended this rank; nothing under other launchers.
+
+    Ranks: local; only where the failure is this rank's own.
+    Source: the file that torch.distributed.elastic.multiprocessing.errors.ErrorHandler writes, whose form this is.
+    Not by it, since it would write the values of secrets too.
+    """
+    path = environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    clean = make_redactor(environ)
+    trace = "".join(traceback.format_exception(error))
+    told = {
+        "message": clean(f"{type(error).__name__}: {text_of(error)}"),
+        "extraInfo": {"py_callstack": clean(trace), "timestamp": str(int(time.time()))},
+    }
+    with contextlib.suppress(OSError):
+        Path(path).write_text(json.dumps({"message": told}))
 
 
 def told_to_launcher(folder: str | os.PathLike[str]) -> RankFailure | None:

@@ -112,7 +112,8 @@ class Session:
         if consequence is None:
             assert self._connection is not None, "there is one before anything can fail"
             first = self._connection.note_failure(error)
-            _record_for_torchrun(error)
+            # Ranks that only lost a connection leave none.
+            lastwords.tell_torchrun(error)
         if first is None or isinstance(error, SystemExit | KeyboardInterrupt):
             return None  # nobody else speaks of it
         self._speak(error if consequence is None else consequence, first)
@@ -136,15 +137,6 @@ class Session:
         if first.rank == 0 and first.is_loss:
             return self.identity.is_local_main_process or self.identity.rank == 1
         return self.identity.is_main_process
-
-
-def _record_for_torchrun(error: BaseException) -> None:
-    """Leave word for torchrun that this rank failed by itself; ranks that only lost a connection leave none."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
-
-        with contextlib.suppress(OSError):
-            ErrorHandler().record_exception(error)
 
 
 @contextlib.contextmanager

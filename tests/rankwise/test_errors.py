@@ -2,6 +2,8 @@
 
 import pickle
 
+import pytest
+
 from rankwise.errors import (
     CheckpointCorruptError,
     DeviceError,
@@ -44,3 +46,23 @@ def test_what_a_user_can_fix_in_the_environment_is_a_value_error() -> None:
     assert issubclass(LaunchError, (RankwiseError, ValueError))
     assert issubclass(CheckpointCorruptError, RankwiseError)
     assert RankwiseError("x").on_every_rank is False
+
+
+def test_values_of_secret_variables_are_in_neither_message_nor_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "do-not-tell-anybody")
+    try:
+        raise ValueError("refused: do-not-tell-anybody")
+    except ValueError as error:
+        failure = RankFailure.of(error, rank=1, host="a")
+    assert failure.message == "refused: ***"
+    assert "ValueError: refused: ***" in failure.traceback
+    assert "do-not-tell" not in failure.traceback
+
+
+def test_error_that_cannot_say_what_it_is_still_reaches_the_others() -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no words")
+
+    failure = RankFailure.of(Mute(), rank=1, host="a")
+    assert (failure.error_type, failure.message) == ("Mute", "<no text: RuntimeError in its __str__>")

@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from rankwise import lastwords
 from rankwise.errors import RankFailure
@@ -72,3 +74,36 @@ def test_without_the_launcher_nobody_is_told(tmp_path: Path) -> None:
     assert lastwords.told_to_launcher(tmp_path) is None
     (tmp_path / "first-0.json").write_text("{}")
     assert lastwords.told_to_launcher(tmp_path) is None
+
+
+def test_torchrun_finds_what_ended_the_rank_without_the_values_of_secrets(tmp_path: Path) -> None:
+    path = tmp_path / "error.json"
+    secret = "do-not-tell-anybody"
+    environ = {"TORCHELASTIC_ERROR_FILE": str(path), "HUB_TOKEN": secret}
+    try:
+        raise ValueError(f"refused {secret}")
+    except ValueError as error:
+        lastwords.tell_torchrun(error, environ)
+    assert secret not in path.read_text()
+    told = ProcessFailure(local_rank=0, pid=9, exitcode=1, error_file=str(path))
+    assert told.message["message"] == "ValueError: refused ***"
+    assert abs(told.timestamp - time.time()) < 60
+    assert "test_lastwords.py" in told.message["extraInfo"]["py_callstack"]
+
+
+def test_torchrun_is_told_nothing_where_it_did_not_ask_or_cannot_be_told(tmp_path: Path) -> None:
+    lastwords.tell_torchrun(ValueError("boom"), {})
+    lastwords.tell_torchrun(ValueError("boom"), {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "gone" / "error.json")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_last_words_hold_no_secret() -> None:
+    code = """
+import os
+os.environ["HUB_TOKEN"] = "do-not-tell-anybody"
+lastwords.print_words("first: do-not-tell-anybody")
+error = ValueError(1)
+lastwords.set_last_words(error, "then: do-not-tell-anybody")
+raise error
+"""
+    assert end_of_process(code) == "first: ***\nthen: ***\n"

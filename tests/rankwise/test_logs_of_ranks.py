@@ -1,13 +1,14 @@
 """What a person sees of eight ranks, and what their files hold: really launched."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 PROGRAM = """
-import sys, time, warnings
+import os, sys, time
 import rankwise
 
 log = rankwise.get_logger("train")
@@ -23,9 +24,11 @@ with rankwise.init(sys.argv[1], device_type="cpu", timeout_seconds=60) as sessio
     rankwise.barrier("warned")
     time.sleep(2)
     if rank == 3:
-        raise ValueError("rank 3 has had enough")
+        raise ValueError("rank 3 has had enough of " + os.environ["HUB_TOKEN"])
     rankwise.barrier("never")
 """
+
+SECRET = "do-not-tell-anybody"
 
 
 def test_console_of_eight_ranks_shows_each_thing_once_and_the_files_hold_all(tmp_path: Path) -> None:
@@ -33,7 +36,9 @@ def test_console_of_eight_ranks_shows_each_thing_once_and_the_files_hold_all(tmp
     script.write_text(PROGRAM)
     run_dir = tmp_path / "run"
     command = [sys.executable, "-m", "rankwise", "run", "--nproc-per-node", "8", str(script), str(run_dir)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    (tmp_path / "tmp").mkdir()
+    environ = os.environ | {"HUB_TOKEN": SECRET, "TMPDIR": str(tmp_path / "tmp")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environ)
     assert done.returncode == 1
     console, _, last = done.stderr.partition("rankwise: rank 3 (")
     lines = [line for line in console.splitlines() if not line.startswith("[W")]  # torch, of a slow name service
@@ -46,7 +51,8 @@ def test_console_of_eight_ranks_shows_each_thing_once_and_the_files_hold_all(tmp
     assert sum("all are here" in line for line in lines) == 1
     assert len(lines) == 5, done.stderr  # and the line of the start
     assert last.count("Traceback") == 1
-    assert last.rstrip().endswith("ValueError: rank 3 has had enough")
+    assert last.rstrip().endswith("ValueError: rank 3 has had enough of ***")
+    assert SECRET not in done.stderr + done.stdout
 
     for rank in range(8):
         path = run_dir / f"logs/rank-{rank:05d}.jsonl"
@@ -60,3 +66,5 @@ def test_console_of_eight_ranks_shows_each_thing_once_and_the_files_hold_all(tmp
         assert all(record["step"] == 7 for record in records if record["logger"] == "train")
         ends = [record for record in records if "exception" in record]
         assert ends[-1]["exception"]["type"] == ("ValueError" if rank == 3 else "RankFailedError")
+    # The error files of the launcher too.
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()] == []

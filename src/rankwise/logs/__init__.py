@@ -21,8 +21,8 @@ from rankwise.logs.fold import Line
 from rankwise.logs.handler import RankHandler
 from rankwise.logs.logger import RankLogger, get_logger, said_once
 from rankwise.logs.record import FILE_ONLY
-from rankwise.logs.redact import redact, redact_command
 from rankwise.logs.screen import console
+from rankwise.redact import redact, redact_command
 
 __all__ = [
     "FILE_ONLY",

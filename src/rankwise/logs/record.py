@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from rankwise.identity import Identity
 from rankwise.logs import state
-from rankwise.logs.redact import make_redactor
+from rankwise.redact import make_live_redactor
 
 FILE_ONLY = {"rankwise_file_only": True}
 """Pass as `extra=` for a record that belongs into the file and not on the console."""
@@ -131,7 +131,7 @@ class Form:
         }
         self._place_text = json.dumps(self._place)[1:-1]
         self._device = device
-        self._clean: Callable[[str], str] = make_redactor(environ)
+        self._clean: Callable[[str], str] = make_live_redactor(environ)
 
     def fields(self, item: Item) -> dict[str, Any]:
         """The record as it stands in the file.

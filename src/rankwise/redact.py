@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 MIN_LENGTH = 8
 """Shorter values are left: "true" or "1234" stands in many lines that say nothing about a secret."""
+
+REFRESH_SECONDS = 1.0
 
 _HIDDEN = "***"
 # TOKENIZERS_PARALLELISM, KEYBOARD and GIT_AUTHOR_NAME hold no secrets.
@@ -44,6 +47,22 @@ def redact_command(arguments: Sequence[str], environ: Mapping[str, str] = os.env
             told.append(f"{option}={_HIDDEN}" if names_secret and equals else clean(argument))
         is_secret = names_secret and not equals
     return told
+
+
+def make_live_redactor(environ: Mapping[str, str]) -> Callable[[str], str]:
+    """`redact` for text of a long time: a new variable counts at once, another value of an old one within a second.
+
+    Ranks: local.
+    """
+    clean, num_variables, made = make_redactor(environ), len(environ), time.monotonic()
+
+    def clean_now(text: str) -> str:
+        nonlocal clean, num_variables, made
+        if len(environ) != num_variables or time.monotonic() - made > REFRESH_SECONDS:
+            clean, num_variables, made = make_redactor(environ), len(environ), time.monotonic()
+        return clean(text)
+
+    return clean_now
 
 
 def make_redactor(environ: Mapping[str, str]) -> Callable[[str], str]:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from rankwise.logs.redact import redact, redact_command
+from rankwise import redact as redact_module
+from rankwise.redact import make_live_redactor, redact, redact_command
 
 
 @pytest.mark.parametrize(
@@ -61,3 +62,13 @@ def test_options_of_a_command_hide_what_they_are_given() -> None:
 @pytest.mark.parametrize("text", ["sent s3cr3t\tvalue!", "sent s3cr3t\\tvalue!", "sent s3cr3t\tvalue\n!"])
 def test_secret_is_hidden_without_its_newline_and_as_repr_shows_it_too(text: str) -> None:
     assert redact(text, {"HF_TOKEN": "s3cr3t\tvalue\n"}) == "sent ***!"
+
+
+def test_live_redactor_knows_new_variables_at_once_and_new_values_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    environ = {"HOME": "/home/somebody", "A_TOKEN": "first-value"}
+    clean = make_live_redactor(environ)
+    environ["B_TOKEN"] = "second-value"
+    assert clean("first-value second-value") == "*** ***"
+    environ["B_TOKEN"] = "third-value"
+    monkeypatch.setattr(redact_module, "REFRESH_SECONDS", -1.0)
+    assert clean("first-value third-value") == "*** ***"
