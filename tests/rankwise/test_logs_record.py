@@ -78,3 +78,24 @@ def test_value_without_text_costs_neither_the_record_nor_the_traceback() -> None
     assert item.error is not None
     assert item.error["message"] == "<Mute that has no text: RuntimeError>"
     assert "test_value_without_text_costs" in item.error["traceback"]
+
+
+def test_stack_that_was_asked_for_is_a_field_without_secrets() -> None:
+    item = make_item(log_record(stack_info='Stack (most recent call last):\n  File "a.py", secret-value'))
+    form = Form(IDENTITY, environ={"MY_KEY": "secret-value"})
+    read = json.loads(form.line(item))
+    assert list(read) == [*ORDER, "stack"]
+    assert read["stack"] == 'Stack (most recent call last):\n  File "a.py", ***'
+    assert form.told(item)["stack"] == read["stack"]
+
+
+def test_record_of_a_class_of_its_own_says_its_message_in_its_own_way() -> None:
+    class BraceRecord(logging.LogRecord):
+        def getMessage(self) -> str:
+            return str(self.msg).format(*self.args)  # type: ignore[misc]
+
+    def braces(message: str) -> logging.LogRecord:
+        return BraceRecord("a.b", logging.INFO, "a.py", 1, message, (3, 4), None)
+
+    assert make_item(braces("{} of {}")).message == "3 of 4"
+    assert make_item(braces("{} of {} in {}")).message.startswith("'{} of {} in {}' with (3, 4)")

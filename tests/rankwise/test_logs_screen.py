@@ -93,6 +93,12 @@ def test_progress_bar_is_drawn_by_the_main_process_alone(rank: int, monkeypatch:
     assert "hot" in terminal.getvalue()
 
 
+def test_traceback_and_stack_stand_below_the_line() -> None:
+    more = {"exception": {"type": "E", "message": "m", "traceback": "Traceback:\nE: m\n"}, "stack": "Stack:\n  here"}
+    text = screen.as_text(Line(RECORD | more, ranks=(5,)), 5)
+    assert text.splitlines()[1:] == ["Traceback:", "E: m", "Stack:", "  here"]
+
+
 def test_stream_that_is_gone_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     closed = io.StringIO()
     closed.close()

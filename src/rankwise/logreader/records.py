@@ -93,6 +93,14 @@ def traceback_of(fields: dict[str, Any]) -> str:
     return str(exception.get("traceback") or f"{exception.get('type', '')}: {exception.get('message', '')}")
 
 
+def stack_of(fields: dict[str, Any]) -> str:
+    """Where the program was, for a record made with `stack_info=True`; empty for others.
+
+    Ranks: local.
+    """
+    return str(fields.get("stack") or "")
+
+
 def step_of(fields: dict[str, Any]) -> int | None:
     """The step the record was made in; None where it was not known.
 

@@ -9,7 +9,7 @@ from typing import IO
 
 from rankwise.logreader.filters import level_number
 from rankwise.logreader.folding import Group
-from rankwise.logreader.records import step_of, traceback_of
+from rankwise.logreader.records import stack_of, step_of, traceback_of
 from rankwise.logs.fold import ranks_as_text
 
 Paint = Callable[[str, str], str]
@@ -40,7 +40,7 @@ class Renderer:
         fields = group.first.fields
         time = group.first.time.decode()[:-3]
         first, *others = _safe(str(fields["message"])).splitlines() or [""]
-        others += _safe(traceback_of(fields)).splitlines()
+        others += _safe(traceback_of(fields)).splitlines() + _safe(stack_of(fields)).splitlines()
         level = _word(fields.get("level", ""))
         label = f"rank {group.first.rank}"  # of a group the first, whose numbers the message has
         columns = (f"{level:<8}", f"{label:<{self._width}}", _word(fields.get("logger", "")))

@@ -37,6 +37,7 @@ class Item(NamedTuple):
     step: int | None
     error: dict[str, str] | None
     worker: int | str | None
+    stack: str | None = None
 
 
 def make_item(record: logging.LogRecord) -> Item:
@@ -58,12 +59,21 @@ def make_item(record: logging.LogRecord) -> Item:
         record.levelno,
         str(record.levelname),
         str(record.name),
-        render(record.msg, record.args),
+        _message(record),
         record.process,
         state.step,
         error,
         _worker_name(record) if state.is_worker else None,
+        None if not record.stack_info else safe_text(record.stack_info),
     )
+
+
+def _message(record: logging.LogRecord) -> str:
+    try:
+        # Classes of records may put their messages together in their own way.
+        return str(record.getMessage())
+    except Exception:
+        return render(record.msg, record.args)
 
 
 def notice(message: str) -> Item:
@@ -151,6 +161,8 @@ class Form:
             fields["step"] = item.step
         if item.error is not None:
             fields["exception"] = {name: self._clean(text) for name, text in item.error.items()}
+        if item.stack is not None:
+            fields["stack"] = self._clean(item.stack)
         if item.worker is not None:
             fields["worker"] = item.worker
         return fields
@@ -160,7 +172,7 @@ class Form:
 
         Ranks: local.
         """
-        if item.error is not None or item.worker is not None:
+        if item.error is not None or item.worker is not None or item.stack is not None:
             return (json.dumps(self.fields(item)) + "\n").encode()
         # By hand for the common record: it takes the GIL from the training thread a third less long than json.dumps.
         step = "" if item.step is None else f', "step": {item.step}'

@@ -93,8 +93,9 @@ def as_text(line: Line, own_rank: int | None) -> str:
 def _said(line: Line) -> str:
     record = line.record
     exception = record.get("exception") or {}
-    trace = exception.get("traceback", "").rstrip("\n")
-    return f"{record['logger']}: {record['message']}{_count(line)}" + (f"\n{trace}" if trace else "")
+    # In the order of logging.Formatter.
+    below = [text.rstrip("\n") for text in (exception.get("traceback"), record.get("stack")) if text]
+    return "\n".join([f"{record['logger']}: {record['message']}{_count(line)}", *below])
 
 
 def _label(line: Line, own_rank: int | None) -> str:

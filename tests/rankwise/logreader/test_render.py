@@ -128,3 +128,10 @@ def test_colour_can_be_refused(logs: Any, monkeypatch: pytest.MonkeyPatch, name:
     monkeypatch.setenv(name, value)
     text = Renderer([0], painter(Terminal())).render(group_of(logs, 0, "hello"))
     assert text == "-- 2026-05-01 UTC --\n12:00:00.250 INFO     rank 0  train: hello\n"
+
+
+def test_stack_stands_below_its_line(logs: Any) -> None:
+    group = group_of(logs, 0, "hello")
+    group.first.fields["stack"] = "Stack (most recent call last):\n  here"
+    shown = Renderer([0], None).render(group).splitlines()
+    assert shown[1:] == ["    Stack (most recent call last):", "      here"]
