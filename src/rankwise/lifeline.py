@@ -51,7 +51,8 @@ class Lifeline:
         store: for this thread alone (a clone): one that waits on a shared store stalls everybody else's calls.
         doing: what this rank is doing, as JSON.
         on_first_failure: called once, from the thread, with the first failure of the job.
-        on_record: on rank 0, called from the thread with each log record that another rank sends.
+        on_record: called from the thread with each log record that another rank sends to rank 0, and on other ranks
+            with those of their own that rank 0 could not be sent.
     """
 
     def __init__(
@@ -154,6 +155,9 @@ class Lifeline:
         self._closing = True
         self._wake(b"c")
         self._thread.join(2.0)
+        with contextlib.suppress(IndexError):
+            while True:  # what came while the thread ended
+                self._on_record(self._records.popleft())
 
     def drop(self) -> None:
         """Close the descriptors that a forked child has copies of: they would keep this rank alive for the others."""
@@ -224,12 +228,13 @@ class Lifeline:
                 next_post = time.monotonic() + POST_SECONDS
         if self._announced:
             self._spread()
-        self._send_records()
-        for connection in list(self._peers):
+        for connection, peer in list(self._peers.items()):
+            while self._records:
+                self._send(connection, {"record": self._records.popleft()})
             self._send(connection, {"bye": True})
-            with contextlib.suppress(OSError):
-                connection.settimeout(_BYE_SECONDS)
-                connection.sendall(self._peers[connection].out)
+            connection.settimeout(_BYE_SECONDS)
+            self._flush(connection)
+            self._take_back(peer)
             connection.close()
         self._selector.close()
         for handle in (self._listener, self._wake_receiver, self._wake_sender):
@@ -345,19 +350,31 @@ class Lifeline:
         self._flush(connection)
 
     def _flush(self, connection: socket.socket) -> None:
-        out = self._peers[connection].out
+        peer = self._peers[connection]
+        out = peer.out
         with contextlib.suppress(OSError):  # no room yet; or the peer is gone, which reading tells
             while out:
-                del out[: connection.send(out)]
+                num_bytes = connection.send(out)
+                peer.begun = (peer.begun + out[:num_bytes]).rpartition(b"\n")[2]
+                del out[:num_bytes]
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if out else 0)
         with contextlib.suppress(KeyError, ValueError):
             self._selector.modify(connection, events)
 
     def _forget(self, connection: socket.socket) -> None:
-        self._peers.pop(connection, None)
+        peer = self._peers.pop(connection, None)
+        if peer is not None:
+            self._take_back(peer)
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(connection)
         connection.close()
+
+    def _take_back(self, peer: _Peer) -> None:
+        """Records that were not sent are this rank's own to show: none is lost without a word."""
+        for line in (peer.begun + peer.out).split(b"\n"):
+            if line.startswith(b'{"record": '):
+                with contextlib.suppress(ValueError):
+                    self._on_record(json.loads(line)["record"])
 
     def _post(self) -> None:
         if self.main_is_gone:
@@ -375,6 +392,8 @@ class _Peer:
         self.pid = pid
         self.rest = b""
         self.out = bytearray()
+        self.begun = bytearray()
+        """What was sent of the line that `out` goes on with."""
         self.left = False
 
 

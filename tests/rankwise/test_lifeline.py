@@ -452,3 +452,37 @@ def test_killed_process_is_named_by_all_others(
             pid = int(child.read_text())
             child.unlink()
             assert comes_true(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
+
+
+def test_records_that_rank_0_could_not_be_sent_come_back_and_none_is_lost(job: Job) -> None:
+    goes_on, heard, came_back = threading.Event(), [], []
+
+    def hang() -> str:
+        goes_on.wait(60)
+        return "{}"
+
+    job.num_ranks = 2
+    main = Lifeline(job.store, rank_of(2, 0), True, hang, lambda failure: None, heard.append)
+    other = Lifeline(job.store, rank_of(2, 1), True, lambda: "{}", lambda failure: None, came_back.append)
+    job.lifelines.append(main)
+    # More than the kernel holds for a connection that nobody reads.
+    made = [{"number": number, "message": "x" * 100_000} for number in range(300)]
+    assert all(other.send_record(record) for record in made)
+    other.close(0.0)
+    goes_on.set()
+    assert comes_true(lambda: len(heard) + len(came_back) >= len(made))
+    assert sorted(record["number"] for record in heard + came_back) == list(range(300))
+    assert heard
+    assert came_back
+
+
+def test_records_after_rank_0_is_gone_come_back(job: Job) -> None:
+    came_back: list[dict[str, Any]] = []
+    main = job.open(0)
+    other = Lifeline(job.store, rank_of(3, 1), True, lambda: "{}", lambda failure: None, came_back.append)
+    main.close(0.0)
+    assert comes_true(lambda: not other.is_whole)
+    assert not other.send_record({"number": 1})
+    other._records.append({"number": 2})  # handed over a moment before
+    other.close(0.0)
+    assert came_back == [{"number": 2}]

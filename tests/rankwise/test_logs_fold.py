@@ -154,7 +154,7 @@ def test_flood_of_different_words_is_limited_and_counted() -> None:
     lines = folder.due(1.0)
     assert len(lines) == 11
     assert said(lines)[-1] == (
-        "rankwise.logs: ... 990 more lines of other kinds; the files of the ranks hold them (ranks 0-3)"
+        "rankwise.logs: lines of other kinds, too many to show; the files of the ranks hold them (x990, ranks 0-3)"
     )
 
 
@@ -200,10 +200,33 @@ def test_flood_of_different_warnings_is_limited_where_the_rank_is_alone() -> Non
     lines = [line for number in range(5000) for line in folder.add(record(0, word(number)), number / 10_000)]
     lines += folder.flush(1.0)
     assert len(lines) == 201
-    assert said(lines)[-1] == "rankwise.logs: ... 4,800 more lines of other kinds; the files of the ranks hold them"
+    assert said(lines)[-1].endswith("lines of other kinds, too many to show; the files of the ranks hold them (x4,800)")
 
 
 def test_repeat_shows_the_newest_message() -> None:
     folder = Folder(0, is_alone=True)
     shown = [line for number in range(3) for line in folder.add(record(0, f"loss {number}"), 0.0)]
     assert said(shown + folder.flush(0.1)) == ["a.b: loss 0", "a.b: loss 2 (... 2 more like this)"]
+
+
+def test_line_that_comes_again_after_a_pause_is_shown_within_two_seconds_however_often_it_came() -> None:
+    folder = Folder(0)
+    for tick in range(2000):
+        folder.add(record(1, "again"), tick / 100)
+    folder.flush(20.0)
+    for now in (23.0, 26.5, 30.0):
+        folder.add(record(1, "again"), now)
+        assert said(folder.due(now + 1.0)) == ["[rank 1, node-0, cuda:1] a.b: again"]
+
+
+def test_lines_of_other_kinds_of_many_ranks_add_up() -> None:
+    folder = Folder(0)
+    for rank in (1, 2):
+        other = Folder(rank, is_alone=True, max_lines=10)
+        lines = [line for number in range(500) for line in other.add(record(rank, word(number)), 0.0)]
+        for line in lines + other.flush(0.1):
+            folder.add(line.as_record(), 0.2)
+    lines = folder.flush(1.0)
+    assert sum(line.count for line in lines) == 1000
+    (rest,) = [line for line in said(lines) if "other kinds" in line]
+    assert rest.endswith("(x960, ranks 1-2)")

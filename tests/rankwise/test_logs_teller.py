@@ -146,7 +146,7 @@ def test_putting_never_waits_for_a_terminal_that_is_stopped_and_losses_are_told(
     goes_on.set()
     assert teller.flush(20)
     shown = capsys.readouterr().err
-    assert "... 50 more lines came faster than they could be shown" in shown
+    assert "records that came faster than they could be shown (x50)" in shown
     assert "number 49\n" not in shown
     assert "number 99\n" in shown
 
@@ -170,7 +170,7 @@ def test_flood_of_info_displaces_no_warning(
     teller.flush()
     shown = capsys.readouterr().err
     assert "[rank 2, node-a, cpu] rankwise.logs: hot\n" in shown
-    assert "... 150 more lines came faster than they could be shown" in shown
+    assert "records that came faster than they could be shown (x150)" in shown
 
 
 def test_close_says_how_many_were_not_shown(
@@ -183,3 +183,30 @@ def test_close_says_how_many_were_not_shown(
     teller.put(info("begins"))
     teller.close()
     assert capsys.readouterr().err == "rankwise: 2 log records were not shown here in time\n"
+
+
+def test_lines_stand_in_the_order_in_which_they_were_said(
+    make: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teller = make(0, world_size=1)
+    monkeypatch.setattr(teller._background, "wake", lambda: None)
+    said = [info("a"), notice("b"), info("c"), info("d"), notice("e")]
+    for item in said:
+        teller.put(item)
+    teller.flush()
+    shown = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(" ")[2] for line in shown] == ["a", "b", "c", "d", "e"]
+
+
+def test_record_that_stands_for_many_is_missed_as_many(
+    make: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teller_module, "MAX_WAITING", 2)
+    teller = make(0)
+    monkeypatch.setattr(teller._background, "wake", lambda: None)
+    for rank in (1, 2, 3):
+        teller.put(of_rank(rank, "hot") | {"count": 10})
+    teller.flush()
+    shown = capsys.readouterr().err
+    assert "hot (x20, ranks 2-3)" in shown
+    assert "faster than they could be shown (x10)" in shown

@@ -12,6 +12,9 @@ from typing import Any
 WINDOW_SECONDS = 1.0
 """How long a record waits for equal ones of other ranks."""
 MAX_WINDOW_SECONDS = 10.0
+"""How long at most the repeats of a line that does not end are counted before they are a line again."""
+FLOOD_SECONDS = 2.0
+"""A line that comes again after a longer pause is no repeat, but news."""
 MAX_KNOWN_PATTERNS = 1000
 
 _NUMBER = re.compile(
@@ -87,6 +90,7 @@ class _Batch:
     num_lines: int = 0
     """Lines in a row, none of which came long after the one before."""
     last_shown: float = -math.inf
+    last_seen: float = -math.inf
     known_ranks: set[int] = field(default_factory=set)
 
 
@@ -98,7 +102,8 @@ class Folder:
 
     A record below WARNING of the rank itself is a line at once, until there are more than `max_lines` within a window.
     Others wait for a window, in which those that differ in rank and numbers only become one line. Where the same goes
-    on and on the window doubles up to ten seconds, but a rank that had not said it before is shown after a short one.
+    on and on, with no pause of two seconds, the window doubles up to ten seconds, but a rank that had not said it
+    before is shown after a short one.
 
     Args:
         own_rank: whose records below WARNING are lines at once.
@@ -179,6 +184,7 @@ class Folder:
         if record["message"] != batch.first["message"] or record.get("numbers_differ"):
             batch.is_exact = False
         batch.newest = record
+        batch.last_seen = now
         batch.count += record.get("count", 1)
         batch.ranks.add(rank)
         batch.known_ranks.add(rank)
@@ -186,7 +192,7 @@ class Folder:
     def _set_due(self, batch: _Batch, now: float, holds: bool) -> None:
         window = self._window_seconds
         interval = min(window * 2 ** max(0, batch.num_lines - 1), MAX_WINDOW_SECONDS)
-        if now - batch.last_shown > 2 * interval:
+        if now - batch.last_seen > FLOOD_SECONDS:
             batch.num_lines = 0
             batch.due = now + (window if holds else 0.0)
             return
@@ -199,8 +205,10 @@ class Folder:
         assert record is not None, "what waits has a record"
         line = Line(record, batch.count, tuple(sorted(batch.ranks)), batch.is_exact, batch.num_lines > 0)
         if not key[1]:
-            words = f"... {batch.count:,} more lines of other kinds; the files of the ranks hold them"
-            line = Line({**record, "logger": "rankwise.logs", "message": words, "exception": None}, 1, line.ranks)
+            # Without a number in the words: the counts of many ranks add up.
+            words = "lines of other kinds, too many to show; the files of the ranks hold them"
+            told = {**record, "logger": "rankwise.logs", "message": words, "exception": None, "stack": None}
+            line = Line(told, batch.count, line.ranks)
         batch.first, batch.newest, batch.count, batch.ranks, batch.is_exact = None, None, 0, set(), True
         batch.num_lines += 1
         batch.last_shown = now

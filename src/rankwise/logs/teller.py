@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import time
@@ -14,6 +15,8 @@ from rankwise.logs.background import Background
 from rankwise.logs.files import say_on_stderr
 from rankwise.logs.fold import Folder, Line, is_urgent
 from rankwise.logs.record import Form, Item, notice
+
+Told = Item | dict[str, Any]
 
 MAX_WAITING = 20_000
 END_SECONDS = 2.0
@@ -39,21 +42,23 @@ class Teller:
         Ranks: local.
         """
         # WARNING and above has a queue of its own, so that a flood of what is below displaces none of it.
-        self._urgent: deque[Item | dict[str, Any]] = deque(maxlen=MAX_WAITING)
-        self._plain: deque[Item | dict[str, Any]] = deque(maxlen=MAX_WAITING)
+        self._urgent: deque[tuple[int, Told]] = deque(maxlen=MAX_WAITING)
+        self._plain: deque[tuple[int, Told]] = deque(maxlen=MAX_WAITING)
+        self._numbers = itertools.count()
         self._num_overflown = 0
         self._folder = Folder(self._rank, is_alone=self._is_alone or state.is_worker)
         self._background.reset()
 
-    def put(self, record: Item | dict[str, Any]) -> None:
+    def put(self, record: Told) -> None:
         """Take a record of this process, or one that another process has sent.
 
         Ranks: local.
         """
         queue = self._urgent if _is_urgent(record) else self._plain
         if len(queue) == MAX_WAITING:
-            self._num_overflown += 1
-        queue.append(record)
+            with contextlib.suppress(IndexError):
+                self._num_overflown += _count(queue[0][1])
+        queue.append((next(self._numbers), record))
         self._background.wake()
 
     def flush(self, timeout_seconds: float = END_SECONDS) -> bool:
@@ -82,20 +87,27 @@ class Teller:
     def _work(self, is_final: bool) -> float | None:
         while self._urgent or self._plain:
             with contextlib.suppress(IndexError):
-                self._tell((self._urgent or self._plain).popleft())
+                self._tell(self._older().popleft()[1])
         if self._num_overflown:
-            words = f"... {self._num_overflown:,} more lines came faster than they could be shown"
-            self._num_overflown = 0
-            self._tell(notice(words))
+            told = self._form.told(notice("records that came faster than they could be shown"))
+            told["count"], self._num_overflown = self._num_overflown, 0
+            self._tell(told)
         now = time.monotonic()
         self._tell_lines(self._folder.flush(now) if is_final else self._folder.due(now))
         due = self._folder.next_due()
         return None if due is None else max(0.0, due - time.monotonic())
 
     def _num_left(self) -> int:
-        return len(self._urgent) + len(self._plain) + self._num_overflown + self._folder.num_records()
+        waiting = sum(_count(record) for _, record in [*self._urgent, *self._plain])
+        return waiting + self._num_overflown + self._folder.num_records()
 
-    def _tell(self, record: Item | dict[str, Any]) -> None:
+    def _older(self) -> deque[tuple[int, Told]]:
+        """The queue whose head came first, so that lines stand in the order in which they were said."""
+        if self._urgent and self._plain:
+            return self._urgent if self._urgent[0][0] < self._plain[0][0] else self._plain
+        return self._urgent or self._plain
+
+    def _tell(self, record: Told) -> None:
         told = self._form.told(record) if isinstance(record, Item) else record
         self._tell_lines(self._folder.add(told, time.monotonic()))
 
@@ -106,7 +118,12 @@ class Teller:
             screen.show(lines, self._own_rank)
 
 
-def _is_urgent(record: Item | dict[str, Any]) -> bool:
+def _count(record: Told) -> int:
+    """For how many the record stands."""
+    return 1 if isinstance(record, Item) else int(record.get("count", 1))
+
+
+def _is_urgent(record: Told) -> bool:
     if isinstance(record, Item):
         return record.level_number >= logging.WARNING
     return is_urgent(str(record.get("level", "")))
