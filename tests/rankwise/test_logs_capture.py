@@ -177,3 +177,25 @@ def test_prints_are_prints_where_info_is_off(
     print("hello")
     capture.close()
     assert (capsys.readouterr().out, records) == ("hello\n", [])
+
+
+def test_lines_that_threads_never_ended_come_out_apart(records: list[logging.LogRecord]) -> None:
+    capture = Capture(lambda: None, prints=True)
+    print("main ", end="")
+    for name in ("one", "two"):
+        thread = threading.Thread(target=print, args=(name,), kwargs={"end": ""})
+        thread.start()
+        thread.join()
+    print("goes on")
+    capture.close()
+    assert sorted(record.getMessage() for record in records) == ["main goes on", "one", "two"]
+
+
+def test_lines_of_threads_that_ended_do_not_gather_until_the_end(records: list[logging.LogRecord]) -> None:
+    capture = Capture(lambda: None, prints=True)
+    for number in range(3):
+        thread = threading.Thread(target=print, args=(number,), kwargs={"end": ""})
+        thread.start()
+        thread.join()
+    assert [record.getMessage() for record in records] == ["0", "1"]
+    capture.close()

@@ -143,3 +143,59 @@ def test_close_takes_what_children_have_sent_before() -> None:
         line.send({"number": number})
     line.close()
     assert [record["number"] for record in heard] == [0, 1, 2, 3, 4]
+
+
+def say_and_end(init: object = None) -> None:
+    """The work of a process of its own, which ends at once."""
+    if callable(init):
+        init()
+    for number in range(20):
+        logger.info("info %d", number)
+    print("never ended", end="")
+
+
+def warn(init: logs.WorkerInit) -> None:
+    init()
+    logger.warning("from a child")
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_process_that_ends_at_once_has_written_all(context: str, tmp_path: Path) -> None:
+    handle = logs.configure(IDENTITY, tmp_path, capture_prints=context == "fork")
+    init = logs.worker_init() if context != "fork" else None
+    process = multiprocessing.get_context(context).Process(target=say_and_end, args=(init,))
+    process.start()
+    process.join(60)
+    handle.close()
+    said = [record["message"] for record in worker_records(tmp_path)]
+    assert said == [*(f"info {number}" for number in range(20)), *(["never ended"] if context == "fork" else [])]
+
+
+@pytest.mark.parametrize("context", ["spawn", "forkserver"])
+def test_warning_of_a_spawned_process_is_sent_by_its_rank(
+    context: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sent: list[dict[str, Any]] = []
+    handle = logs.configure(IDENTITY, tmp_path, device="cpu")
+    logs.set_channel(lambda record: sent.append(record) is None)
+    make_process: Any = multiprocessing.get_context(context).Process
+    process = make_process(target=warn, args=(logs.worker_init(),), name="Helper")
+    process.start()
+    process.join(60)
+    handle.close()
+    assert [(record["message"], record["pid"], record["worker"], record["rank"]) for record in sent] == [
+        ("from a child", process.pid, "Helper", 1)
+    ]
+    assert capfd.readouterr().err == ""
+
+
+def test_spawned_process_whose_rank_is_done_prints_labelled(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    handle = logs.configure(IDENTITY, tmp_path, device="cpu")
+    init = logs.worker_init()
+    handle.close()
+    make_process: Any = multiprocessing.get_context("spawn").Process
+    process = make_process(target=warn, args=(init,), name="Helper")
+    process.start()
+    process.join(60)
+    assert "WARNING [rank 1, node-a, cpu, worker Helper] test.children: from a child\n" in capfd.readouterr().err

@@ -6,15 +6,17 @@ RUN/logs/rank-00000.jsonl of the rank that made them.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
+from rankwise.errors import RankwiseError
 from rankwise.identity import Identity
 from rankwise.logs import screen, state
 from rankwise.logs.capture import Capture
+from rankwise.logs.chain import Chain
 from rankwise.logs.children import WorkerInit
 from rankwise.logs.files import DEFAULT_MAX_BYTES
 from rankwise.logs.fold import Line
@@ -52,17 +54,17 @@ class LogHandle:
         root = logging.getLogger()
         self._previous_level = root.level
         root.setLevel(level)
-        # They would show every rank's every record a second time, unlabelled.
-        self._taken_off = [other for other in root.handlers if _is_on_console(other)]
-        for other in self._taken_off:
-            root.removeHandler(other)
+        self._level = root.level
         root.addHandler(handler)
+        self._chain = Chain(handler, self._level)
         self._capture = Capture(handler.teller.flush, prints=capture_prints)
+        handler.at_exit = self._finish_child
         self._worker_init = WorkerInit(
             handler.identity,
             None if self.path is None else os.path.abspath(self.path.parent.parent),
             level,
             device,
+            handler.children,
         )
 
     def flush(self) -> None:
@@ -85,15 +87,28 @@ class LogHandle:
         root = logging.getLogger()
         self._capture.close()
         root.removeHandler(handler)
-        handler.close()
-        root.setLevel(self._previous_level)
-        for other in self._taken_off:
-            root.addHandler(other)  # nothing where it was put back already
+        self._chain.close()
+        handler.end()
+        if root.level == self._level:  # else somebody has chosen another meanwhile
+            root.setLevel(self._previous_level)
         if _open is self:
             _open = None
             said_once.clear()
             state.rank = state.step = state.send = None
             state.is_worker = False
+
+    def _finish_child(self) -> None:
+        self._capture.end_lines()
+        self.flush()
+
+    def _after_fork_in_parent(self) -> None:
+        if self._handler is not None:
+            self._handler.after_fork_in_parent()
+
+    def _after_fork_in_child(self) -> None:
+        self._capture.after_fork_in_child()
+        if self._handler is not None:
+            self._handler.after_fork_in_child()
 
 
 def configure(
@@ -108,9 +123,11 @@ def configure(
 ) -> LogHandle:
     """Send every log record to the console and, given a run directory, to this rank's file there.
 
-    Uncaught exceptions and warnings become records too. Stream handlers on stderr or stdout that stand on the root
-    logger are off until the handle is closed. Processes that are forked later, such as the workers of a data loader,
-    write files of their own beside it; spawned ones do so with `worker_init`.
+    Every record that its logger's own level lets through comes there, whether the logger propagates or not, and
+    whatever handlers others put on or take off later. Uncaught exceptions and warnings become records too. Plain stream
+    handlers on stderr or stdout, of any logger, say nothing until the handle is closed. Processes that are forked
+    later, such as the workers of a data loader, write files of their own beside it; spawned ones do so with
+    `worker_init`.
 
     Args:
         device: where this rank computes, for the console's labels.
@@ -118,6 +135,7 @@ def configure(
         capture_prints: make INFO records of what `print` writes to stdout.
     Raises:
         OSError: this rank's file cannot be opened.
+        RankwiseError: they are set up already in this process.
         ValueError: there is no such level.
     Ranks: local; each rank opens a file of its own.
     """
@@ -125,6 +143,12 @@ def configure(
     if _open is not None and state.is_worker:
         # A forked process that becomes a rank of its own.
         _open.close()
+    if _open is not None:
+        where = "without a file" if _open.path is None else f"to {_open.path}"
+        raise RankwiseError(
+            f"logs are set up already in this process ({where}), and would hold every record twice. Close the session, "
+            "or the handle that `configure` gave, first."
+        )
     logging.Logger("level").setLevel(level)  # before anything is opened
     handler = RankHandler(identity, run_dir, device=device, max_bytes=max_bytes, num_backups=num_backups)
     state.rank = identity.rank
@@ -134,18 +158,24 @@ def configure(
 
 def configure_worker(
     identity: Identity, run_dir: str | os.PathLike[str] | None, level: int | str = "INFO", *, device: str = ""
-) -> None:
+) -> bool:
     """`configure` in a process that was spawned by a rank; nothing where it was forked, which needs nothing.
 
+    Returns:
+        Whether anything was done.
     Ranks: in a spawned process.
     """
-    if _open is None:
-        state.is_worker = True
-        configure(identity, run_dir, level, device=device)
+    if _open is not None:
+        return False
+    state.is_worker = True
+    configure(identity, run_dir, level, device=device)
+    return True
 
 
 def worker_init() -> WorkerInit:
     """What a data loader whose workers are spawned takes as `worker_init_fn`, so that their records have a file.
+
+    Any other process that multiprocessing spawns takes it as an argument, and calls it first.
 
     Ranks: local.
     """
@@ -183,19 +213,34 @@ def receive(record: dict[str, Any]) -> None:
         screen.show([Line(record, ranks=(record["rank"],))], None)
 
 
-def _is_on_console(handler: logging.Handler) -> bool:
-    # Those of a class of their own, such as a test runner's or a progress bar's, are there for more than the console.
-    return type(handler) is logging.StreamHandler and handler.stream in (sys.stderr, sys.stdout)
+class _AtExit(logging.Handler):
+    """Closes the logs when `logging` closes its handlers: last of all, when others have said their last words."""
+
+    def close(self) -> None:
+        super().close()
+        if _open is not None:
+            _open.close()
+
+
+_at_exit: _AtExit | None = None
+
+
+def _await_exit() -> None:
+    global _at_exit
+    # Made now, since whoever sets up logging anew makes it forget the handlers that it knew.
+    if _open is not None:
+        _at_exit = _AtExit()
 
 
 def _after_fork_in_parent() -> None:
-    if _open is not None and _open._handler is not None:
-        _open._handler.after_fork_in_parent()
+    if _open is not None:
+        _open._after_fork_in_parent()
 
 
 def _after_fork_in_child() -> None:
-    if _open is not None and _open._handler is not None:
-        _open._handler.after_fork_in_child()
+    if _open is not None:
+        _open._after_fork_in_child()
 
 
+atexit.register(_await_exit)
 os.register_at_fork(after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -31,6 +31,7 @@ class Capture:
         self._flush = flush
         self._is_closed = False
         self._thread = threading.local()
+        self._begun: dict[threading.Thread, str] = {}
         self._hooks: list[tuple[Any, str, Any, Any]] = []
         self._put(sys, "excepthook", self._on_exception(sys.excepthook))
         self._put(threading, "excepthook", self._on_thread_exception(threading.excepthook))
@@ -43,11 +44,26 @@ class Capture:
 
         Ranks: local.
         """
-        self._end_line()
+        self.end_lines()
         self._is_closed = True
         for home, name, hook, previous in reversed(self._hooks):
             if getattr(home, name) is hook:
                 setattr(home, name, previous)
+
+    def end_lines(self) -> None:
+        """Make records of what threads have printed without ending the line.
+
+        Ranks: local.
+        """
+        for thread in list(self._begun):
+            self._end_line(thread)
+
+    def after_fork_in_child(self) -> None:
+        """Leave the lines that were begun to the parent, which has them too.
+
+        Ranks: local.
+        """
+        self._begun.clear()
 
     def _put(self, home: Any, name: str, hook: Any) -> None:
         self._hooks.append((home, name, hook, getattr(home, name)))
@@ -111,23 +127,25 @@ class Capture:
                 previous(*values, sep=sep, end=end, **options)
                 return
             said = (" " if sep is None else sep).join(map(str, values)) + ("\n" if end is None else end)
-            *lines, rest = (getattr(self._thread, "begun", "") + said).split("\n")
-            self._thread.begun = rest
+            thread = threading.current_thread()
+            *lines, rest = (self._begun.pop(thread, "") + said).split("\n")
+            if rest:
+                for ended in [other for other in list(self._begun) if not other.is_alive()]:
+                    self._end_line(ended)  # else they would gather until the end
+                self._begun[thread] = rest
             for text in lines:
-                # What was written over is not what the line says.
-                self._say_printed(text.rstrip("\r").rpartition("\r")[2])
+                self._say_printed(text)
 
         return print_
 
-    def _end_line(self) -> None:
-        """A last line that was never ended."""
-        if begun := getattr(self._thread, "begun", ""):
-            self._thread.begun = ""
+    def _end_line(self, thread: threading.Thread) -> None:
+        if begun := self._begun.pop(thread, ""):
             self._say_printed(begun)
 
     def _say_printed(self, text: str) -> None:
         self._thread.is_saying = True
         try:
-            _print_logger.info("%s", text)
+            # What was written over is not what the line says.
+            _print_logger.info("%s", text.rstrip("\r").rpartition("\r")[2])
         finally:
             self._thread.is_saying = False

@@ -25,7 +25,7 @@ def log_path(run_dir: str | os.PathLike[str], rank: int, worker_pid: int | None 
 
 
 class ChildLine:
-    """Carries records from forked processes to the rank that they were forked from.
+    """Carries records from forked and spawned processes to the rank that started them.
 
     One message is one record. A child never waits: where the rank does not keep up the child is told so.
     """
@@ -40,11 +40,20 @@ class ChildLine:
 
         Ranks: in a forked process.
         """
-        try:
-            self._at_child.send(json.dumps(record).encode(), socket.MSG_DONTWAIT)
-        except OSError:
-            return False
-        return True
+        return _send(self._at_child, record)
+
+    def for_spawned(self) -> Any:
+        """The child's end for a process that multiprocessing starts right now, to be pickled; None at other times.
+
+        Ranks: local.
+        """
+        from multiprocessing.context import get_spawning_popen
+        from multiprocessing.reduction import DupFd
+
+        if get_spawning_popen() is None or self._at_child.fileno() < 0:
+            return None
+        self.listen()
+        return DupFd(self._at_child.fileno())
 
     def listen(self) -> None:
         """Begin to receive, now that there is a child.
@@ -95,28 +104,62 @@ class ChildLine:
 class WorkerInit:
     """Sets up the logs of a process that was spawned, not forked; picklable, and a data loader's `worker_init_fn`.
 
+    Where multiprocessing hands it to a process that it starts, its way to the rank goes along.
+
     Ranks: called in the spawned process.
     """
 
-    def __init__(self, identity: Identity | None, run_dir: str | None, level: int | str, device: str) -> None:
+    def __init__(
+        self,
+        identity: Identity | None,
+        run_dir: str | None,
+        level: int | str,
+        device: str,
+        line: ChildLine | None = None,
+    ) -> None:
         self.identity = identity
         self.run_dir = run_dir
         self.level = level
         self.device = device
+        self._line = line
+        self._inherited: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A descriptor can only be given to a process that is being started; in any other pickle it means nothing.
+        inherited = self._line.for_spawned() if self._line is not None else None
+        return {**vars(self), "_line": None, "_inherited": inherited}
 
     def __call__(self, worker_id: int | None = None) -> None:
         from rankwise import logs
 
-        if self.identity is not None:
-            logs.configure_worker(self.identity, self.run_dir, self.level, device=self.device)
+        inherited, self._inherited = self._inherited, None
+        if self.identity is None or not logs.configure_worker(
+            self.identity, self.run_dir, self.level, device=self.device
+        ):
+            return
+        if inherited is not None:
+            at_child = socket.socket(fileno=inherited.detach())
+            logs.set_channel(lambda record: _send(at_child, record))
 
 
-def at_exit_of_child(function: Callable[[], object]) -> None:
+def _send(at_child: socket.socket, record: dict[str, Any]) -> bool:
+    try:
+        at_child.send(json.dumps(record).encode(), socket.MSG_DONTWAIT)
+    except OSError:
+        return False
+    return True
+
+
+def at_exit_of_child(function: Callable[[], object]) -> Callable[[], bool]:
     """Call the function when this process ends, if multiprocessing started it: it runs no atexit functions.
 
+    Returns:
+        Whether that still stands: multiprocessing forgets what was asked for before the process's own work begins.
     Ranks: in a forked or spawned process.
     """
     util = sys.modules.get("multiprocessing.util")
     process = sys.modules.get("multiprocessing.process")
-    if util is not None and process is not None and process.parent_process() is not None:
-        util.Finalize(None, function, exitpriority=10)
+    if util is None or process is None or process.parent_process() is None:
+        return lambda: True
+    is_known: Callable[[], bool] = util.Finalize(None, function, exitpriority=10).still_active
+    return is_known

@@ -1,12 +1,14 @@
-"""The one handler on the root logger: every record of this process passes it, to the file and to the console."""
+"""The one handler that every record of this process passes, to the file and to the console."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 
 from rankwise.identity import Identity
 from rankwise.logs import screen, state
+from rankwise.logs.chain import TAKEN
 from rankwise.logs.children import ChildLine, at_exit_of_child, log_path
 from rankwise.logs.files import say_on_stderr
 from rankwise.logs.record import Form, make_item, safe_text
@@ -17,7 +19,8 @@ from rankwise.logs.writer import FileWriter
 class RankHandler(logging.Handler):
     """Gives each record to this rank's file, and to the console where one person wants to see it.
 
-    Nothing here waits but for a record at WARNING and above, which waits for the file.
+    Nothing here waits but for a record at WARNING and above, which waits for the file. `close`, which whoever sets up
+    logging anew calls for handlers of all others, ends nothing: `end` does.
 
     Raises:
         OSError: the file cannot be opened.
@@ -39,7 +42,9 @@ class RankHandler(logging.Handler):
         self.writer: FileWriter | None = None
         self._run_dir = run_dir
         self._least_told = logging.WARNING if not identity.is_main_process or state.is_worker else 0
-        self._has_exit = False
+        self.at_exit: Callable[[], object] = self.flush
+        """What a process that was forked or spawned by a rank does at its end."""
+        self._is_exit_known: Callable[[], bool] = lambda: False
         if run_dir is not None:
             path = log_path(run_dir, identity.rank, os.getpid() if state.is_worker else None)
             self.writer = FileWriter(path, form, max_bytes, num_backups)
@@ -52,7 +57,9 @@ class RankHandler(logging.Handler):
         self.lock = None
 
     def handle(self, record: logging.LogRecord) -> bool:
-        """Take the record up, and never raise."""
+        """Take the record up, if that was not done already, and never raise."""
+        if getattr(record, TAKEN, False):
+            return True
         try:
             if self.filters and not self.filter(record):
                 return False
@@ -65,9 +72,8 @@ class RankHandler(logging.Handler):
         """Take the record up, and never raise."""
         try:
             item = make_item(record)
-            if state.is_worker and not self._has_exit:
-                self._has_exit = True
-                at_exit_of_child(self.flush)
+            if state.is_worker and not self._is_exit_known():
+                self._is_exit_known = at_exit_of_child(self.at_exit)
             if self.writer is not None:
                 self.writer.put(item)
             if self._is_told(record) and not self.teller.is_current_thread():
@@ -82,6 +88,11 @@ class RankHandler(logging.Handler):
         self.teller.flush()
 
     def close(self) -> None:
+        """Bring the file up to date."""
+        if self.writer is not None:
+            self.writer.flush()
+
+    def end(self) -> None:
         """Bring file and console up to date, and let go of both."""
         self.children.close()
         if self.writer is not None:
@@ -99,7 +110,6 @@ class RankHandler(logging.Handler):
         state.send = self.children.send
         self.children.leave_rank()
         self._least_told = logging.WARNING
-        self._has_exit = False
         if self.writer is not None and self._run_dir is not None:
             self.writer.move_to(log_path(self._run_dir, self.identity.rank, os.getpid()))
         self.teller.reset()
