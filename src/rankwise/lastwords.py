@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
-from rankwise.errors import RankFailure, text_of
+from rankwise.errors import RankFailure, text_of, without_own_frames
 from rankwise.files import write_atomic
 from rankwise.redact import make_redactor, redact
 
@@ -127,7 +127,7 @@ def tell_torchrun(error: BaseException, environ: Mapping[str, str] = os.environ)
     if not path:
         return
     clean = make_redactor(environ)
-    trace = "".join(traceback.format_exception(error))
+    trace = "".join(traceback.format_exception(type(error), error, without_own_frames(error)))
     told = {
         "message": clean(f"{type(error).__name__}: {text_of(error)}"),
         "extraInfo": {"py_callstack": clean(trace), "timestamp": str(int(time.time()))},

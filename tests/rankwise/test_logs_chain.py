@@ -51,6 +51,17 @@ def library_logger(level: int = logging.WARNING) -> logging.Logger:
     return logging.getLogger("lib.models.bert")
 
 
+def test_torch_s_own_loggers_come_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch  # noqa: F401  # sets up its loggers, which do not propagate
+
+    assert not logging.getLogger("torch").propagate
+    handle = configure(tmp_path, 0)
+    logging.getLogger("torch.distributed.fsdp").warning("from torch")
+    handle.close()
+    assert messages(tmp_path, 0) == ["from torch"]
+    assert capsys.readouterr().err.count("from torch") == 1
+
+
 @pytest.mark.parametrize("is_first", [True, False])
 def test_logger_that_does_not_propagate_comes_to_file_and_console_once(
     is_first: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]

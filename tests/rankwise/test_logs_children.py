@@ -7,7 +7,6 @@ import os
 import pickle
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -62,24 +61,6 @@ def test_data_loader_workers_write_files_of_their_own(context: str, tmp_path: Pa
     assert [record["message"] for record in read(tmp_path / "logs/rank-00001.jsonl")] == [
         "waits while the fork happens"
     ]
-
-
-@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
-def test_warning_of_a_forked_process_is_sent_by_its_rank(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    sent: list[dict[str, Any]] = []
-    handle = logs.configure(IDENTITY, tmp_path, device="cpu")
-    logs.set_channel(lambda record: sent.append(record) is None)
-    process = multiprocessing.get_context("fork").Process(target=logger.warning, args=("from a child",), name="Helper")
-    process.start()
-    process.join(60)
-    deadline = time.monotonic() + 20
-    while not sent and time.monotonic() < deadline:
-        time.sleep(0.01)
-    handle.close()
-    assert [(record["message"], record["pid"], record["worker"]) for record in sent] == [
-        ("from a child", process.pid, "Helper")
-    ]
-    assert capfd.readouterr().err == ""
 
 
 def test_child_that_nobody_hears_prints_labelled(tmp_path: Path) -> None:
@@ -145,57 +126,48 @@ def test_close_takes_what_children_have_sent_before() -> None:
     assert [record["number"] for record in heard] == [0, 1, 2, 3, 4]
 
 
-def say_and_end(init: object = None) -> None:
+def say_and_end(init: logs.WorkerInit | None) -> None:
     """The work of a process of its own, which ends at once."""
-    if callable(init):
+    if init is not None:
         init()
+    logger.warning("from a child")
     for number in range(20):
         logger.info("info %d", number)
     print("never ended", end="")
 
 
-def warn(init: logs.WorkerInit) -> None:
-    init()
-    logger.warning("from a child")
-
-
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
-def test_process_that_ends_at_once_has_written_all(context: str, tmp_path: Path) -> None:
-    handle = logs.configure(IDENTITY, tmp_path, capture_prints=context == "fork")
-    init = logs.worker_init() if context != "fork" else None
-    process = multiprocessing.get_context(context).Process(target=say_and_end, args=(init,))
-    process.start()
-    process.join(60)
-    handle.close()
-    said = [record["message"] for record in worker_records(tmp_path)]
-    assert said == [*(f"info {number}" for number in range(20)), *(["never ended"] if context == "fork" else [])]
-
-
-@pytest.mark.parametrize("context", ["spawn", "forkserver"])
-def test_warning_of_a_spawned_process_is_sent_by_its_rank(
+def test_process_that_ends_at_once_has_written_all_and_its_warning_is_sent_by_its_rank(
     context: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     sent: list[dict[str, Any]] = []
-    handle = logs.configure(IDENTITY, tmp_path, device="cpu")
+    handle = logs.configure(IDENTITY, tmp_path, device="cpu", capture_prints=context == "fork")
     logs.set_channel(lambda record: sent.append(record) is None)
     make_process: Any = multiprocessing.get_context(context).Process
-    process = make_process(target=warn, args=(logs.worker_init(),), name="Helper")
+    process = make_process(target=say_and_end, args=(None if context == "fork" else logs.worker_init(),), name="Helper")
     process.start()
     process.join(60)
     handle.close()
+    printed = ["never ended"] if context == "fork" else []
+    said = [record["message"] for record in worker_records(tmp_path)]
+    assert said == ["from a child", *(f"info {number}" for number in range(20)), *printed]
     assert [(record["message"], record["pid"], record["worker"], record["rank"]) for record in sent] == [
         ("from a child", process.pid, "Helper", 1)
     ]
     assert capfd.readouterr().err == ""
 
 
-def test_spawned_process_whose_rank_is_done_prints_labelled(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_init_that_travels_otherwise_than_to_a_process_that_starts_has_no_way_to_the_rank(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     handle = logs.configure(IDENTITY, tmp_path, device="cpu")
-    init = logs.worker_init()
+    init = pickle.loads(pickle.dumps(logs.worker_init()))
     handle.close()
-    make_process: Any = multiprocessing.get_context("spawn").Process
-    process = make_process(target=warn, args=(init,), name="Helper")
-    process.start()
-    process.join(60)
-    assert "WARNING [rank 1, node-a, cpu, worker Helper] test.children: from a child\n" in capfd.readouterr().err
+    init()
+    try:
+        logger.warning("from a child")
+    finally:
+        assert logs._open is not None
+        logs._open.close()
+    assert "WARNING [rank 1, node-a, cpu, worker MainProcess] test.children: from a child\n" in capfd.readouterr().err

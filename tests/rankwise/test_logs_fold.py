@@ -131,6 +131,17 @@ def test_rank_that_joins_a_flood_is_shown_after_a_short_window() -> None:
     assert 2 in line.ranks
 
 
+def test_rank_that_joins_a_flood_right_after_its_line_is_shown_after_a_short_window_too() -> None:
+    folder = Folder(0)
+    for tick in range(3000):
+        folder.add(record(1, "again"), tick / 100)
+    folder.flush(30.0)
+    folder.add(record(2, "again"), 30.01)
+    folder.add(record(1, "again"), 30.02)
+    (line,) = folder.due(31.1)
+    assert line.ranks == (1, 2)
+
+
 def test_pattern_that_comes_back_after_a_pause_is_a_plain_line_again() -> None:
     folder = Folder(0)
     folder.add(record(1, "again"), 0.0)

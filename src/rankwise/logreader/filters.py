@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rankwise.logreader.options import Options, is_within
-from rankwise.logreader.records import Head, message_of, read_fields, step_of, traceback_of
+from rankwise.logreader.records import Head, message_of, read_fields, stack_of, step_of, traceback_of
 
 _ABOVE_ALL = 1 << 30
 
@@ -95,4 +95,4 @@ def _is_of_logger(wanted: str, fields: Fields) -> bool:
 
 
 def _has_text(pattern: re.Pattern[str], fields: Fields) -> bool:
-    return bool(pattern.search(message_of(fields)) or pattern.search(traceback_of(fields)))
+    return any(pattern.search(text_of(fields)) for text_of in (message_of, traceback_of, stack_of))

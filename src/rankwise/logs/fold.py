@@ -179,7 +179,7 @@ class Folder:
             self._set_due(batch, now, holds)
             self._waiting[key] = batch
             self._num_waiting[is_urgent(key[0])] += 1
-        elif rank not in batch.known_ranks:
+        if rank not in batch.known_ranks:
             batch.due = min(batch.due, now + self._window_seconds)
         if record["message"] != batch.first["message"] or record.get("numbers_differ"):
             batch.is_exact = False

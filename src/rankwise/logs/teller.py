@@ -98,7 +98,7 @@ class Teller:
         return None if due is None else max(0.0, due - time.monotonic())
 
     def _num_left(self) -> int:
-        waiting = sum(_count(record) for _, record in [*self._urgent, *self._plain])
+        waiting = sum(_count(record) for _, record in [*self._urgent.copy(), *self._plain.copy()])
         return waiting + self._num_overflown + self._folder.num_records()
 
     def _older(self) -> deque[tuple[int, Told]]:

@@ -1,5 +1,6 @@
 """Which records are shown."""
 
+import json
 from datetime import UTC, datetime
 from typing import Any
 
@@ -63,6 +64,12 @@ def test_times_include_both_ends(logs: Any, arguments: list[str], shown: bool) -
 def test_text_is_looked_for_in_message_error_and_traceback(logs: Any, text: str, shown: bool) -> None:
     error = ("FloatingPointError", "of step 5", "File f.py, line 3\n")
     assert is_shown(logs.line(0, 0, "loss is nan in \u00e9t\u00e9", error=error), "--text", text) is shown
+
+
+def test_text_is_looked_for_in_the_stack(logs: Any) -> None:
+    line = json.dumps(logs.record(0, 0, "hello") | {"stack": "Stack (most recent call last):\n  in prepare"}).encode()
+    assert is_shown(line, "--text", "in prepare")
+    assert not is_shown(logs.line(0, 0, "hello"), "--text", "in prepare")
 
 
 def test_text_that_a_file_writes_with_escapes_is_found() -> None:
