@@ -85,17 +85,19 @@ class LogHandle:
         if handler is None:
             return
         root = logging.getLogger()
-        self._capture.close()
-        root.removeHandler(handler)
-        self._chain.close()
-        handler.end()
-        if root.level == self._level:  # else somebody has chosen another meanwhile
-            root.setLevel(self._previous_level)
-        if _open is self:
-            _open = None
-            said_once.clear()
-            state.rank = state.step = state.send = None
-            state.is_worker = False
+        try:
+            self._capture.close()
+            root.removeHandler(handler)
+            self._chain.close()
+            if root.level == self._level:  # else somebody has chosen another meanwhile
+                root.setLevel(self._previous_level)
+            handler.end()
+        finally:
+            if _open is self:
+                _open = None
+                said_once.clear()
+                state.rank = state.step = state.send = None
+                state.is_worker = False
 
     def _finish_child(self) -> None:
         self._capture.end_lines()

@@ -14,6 +14,7 @@ from rankwise.logs.files import say_on_stderr
 from rankwise.logs.record import Form, make_item, safe_text
 from rankwise.logs.teller import Teller
 from rankwise.logs.writer import FileWriter
+from rankwise.redact import redact
 
 
 class RankHandler(logging.Handler):
@@ -123,4 +124,4 @@ class RankHandler(logging.Handler):
 
 def _say_lost(record: logging.LogRecord, error: Exception, how: str) -> None:
     what = f"{type(error).__name__}: {safe_text(error)}"
-    say_on_stderr(f"rankwise: a log record {how} ({what}): {safe_text(record.msg):.200}")
+    say_on_stderr(f"rankwise: a log record {how} ({redact(what)}): {redact(safe_text(record.msg)):.200}")
