@@ -174,7 +174,7 @@ def init(
             One without gloo on the CPU gets a second group for messages.
         make_group: make a process group at world size 1 too, on loopback.
         bind_cpus: keep this process on cores of its own near its device; as `rankwise.bind_cpus`.
-        log_level: records below it go nowhere.
+        log_level: records below it go nowhere, but for loggers that have a level of their own.
         capture_prints: what `print` writes becomes INFO records: on the console of the main process alone.
     Raises:
         LaunchError: the environment contradicts itself, or the ranks contradict each other.
