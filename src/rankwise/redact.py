@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from urllib.parse import quote
 
 MIN_LENGTH = 8
-"""Shorter values are left: "true" or "1234" stands in many lines that say nothing about a secret."""
+"""Shorter values are hidden only beside their names: "true" stands in many lines that say nothing about a secret."""
 
 REFRESH_SECONDS = 1.0
 
@@ -22,8 +24,8 @@ _ADDRESS_PASSWORD = re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)")
 def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
     """The text with `***` for the value of every variable whose name speaks of a secret, and for passwords in URLs.
 
-    A name does that with token, key, secret, passw(or)d, passphrase, credential or auth in it. Values of fewer than 8
-    characters are left.
+    A name does that with token, key, secret, passw(or)d, passphrase, credential or auth in it. Values as `repr`, JSON
+    and URLs write them count too; those of fewer than 8 characters do only beside their names, as in `NAME=value`.
 
     Ranks: local.
     """
@@ -71,19 +73,38 @@ def make_redactor(environ: Mapping[str, str]) -> Callable[[str], str]:
     Ranks: local.
     """
     # The longest first: one secret may begin with another.
-    secrets = sorted(_secrets(environ), key=len, reverse=True)
+    values = _secret_values(environ)
+    secrets = sorted(_forms(values.values()), key=len, reverse=True)
+    short = {name: _beside(name, value.strip()) for name, value in values.items() if len(value.strip()) < MIN_LENGTH}
 
     def clean(text: str) -> str:
         for secret in secrets:
             if secret in text:
                 text = text.replace(secret, _HIDDEN)
+        for name, assigned in short.items():
+            if name in text:
+                text = assigned.sub(rf"\1{_HIDDEN}", text)
         return _ADDRESS_PASSWORD.sub(_HIDDEN, text) if "://" in text and "@" in text else text
 
     return clean
 
 
-def _secrets(environ: Mapping[str, str]) -> Iterable[str]:
-    # A file's last newline in a variable, and a value shown with repr, are the same secret in other letters.
-    values = [value for name, value in environ.items() if _SECRET_NAME.search(name)]
-    forms = {form for value in values for form in (value, value.strip(), repr(value)[1:-1], repr(value.strip())[1:-1])}
-    return {form for form in forms if len(form.strip()) >= MIN_LENGTH}
+def _secret_values(environ: Mapping[str, str]) -> dict[str, str]:
+    # One by one and by `get`: another thread may take variables away meanwhile.
+    values = {name: environ.get(name, "") for name in list(environ) if _SECRET_NAME.search(name)}
+    return {name: value for name, value in values.items() if value.strip()}
+
+
+def _forms(values: Iterable[str]) -> set[str]:
+    """The values, and how they look without a file's last newline, and as `repr`, JSON and URLs write them."""
+    forms = {form for value in values for form in (value, value.strip()) if len(form.strip()) >= MIN_LENGTH}
+    for form in list(forms):
+        forms |= {repr(form)[1:-1], json.dumps(form)[1:-1], json.dumps(form, ensure_ascii=False)[1:-1]}
+        # Half characters stand for bytes that are no text.
+        forms.add(quote(form, safe="", errors="replace"))
+    return forms
+
+
+def _beside(name: str, value: str) -> re.Pattern[str]:
+    """The value where it follows its variable's name, as in NAME=value, {'NAME': 'value'} and ('NAME', 'value')."""
+    return re.compile(rf"""(\b{re.escape(name)}["']?\s*[=:,]\s*["']?){re.escape(value)}(?!\w)""")

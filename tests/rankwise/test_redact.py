@@ -1,5 +1,9 @@
 """Secrets of the environment reach no file of ours."""
 
+import json
+from collections.abc import Iterator
+from urllib.parse import quote
+
 import pytest
 
 from rankwise import redact as redact_module
@@ -72,3 +76,34 @@ def test_live_redactor_knows_new_variables_at_once_and_new_values_soon(monkeypat
     environ["B_TOKEN"] = "third-value"
     monkeypatch.setattr(redact_module, "REFRESH_SECONDS", -1.0)
     assert clean("first-value third-value") == "*** ***"
+
+
+def test_secret_is_hidden_as_json_and_addresses_write_it() -> None:
+    environ = {"CLOUD_CREDENTIALS": '{"private": "a\u00e9/b+c=="}'}
+    assert redact(json.dumps(environ), environ) == '{"CLOUD_CREDENTIALS": "***"}'
+    assert redact(json.dumps(environ, ensure_ascii=False), environ) == '{"CLOUD_CREDENTIALS": "***"}'
+    assert redact(f"GET /?token={quote('ab+c/de==', safe='')}", {"A_TOKEN": "ab+c/de=="}) == "GET /?token=***"
+
+
+def test_short_value_is_hidden_beside_its_name() -> None:
+    environ = {"DB_PASSWORD": "hunter2\n", "HOME": "/home/somebody", "EMPTY_KEY": " "}
+    assert redact("DB_PASSWORD=hunter2 DB_PASSWORD: hunter2, EMPTY_KEY= ", environ) == (
+        "DB_PASSWORD=*** DB_PASSWORD: ***, EMPTY_KEY= "
+    )
+    assert redact(str({"DB_PASSWORD": "hunter2"}), environ) == "{'DB_PASSWORD': '***'}"
+    assert redact(str([("DB_PASSWORD", "hunter2")]), environ) == "[('DB_PASSWORD', '***')]"
+    assert redact("OTHER_DB_PASSWORD=hunter2 hunter2 DB_PASSWORD=hunter22", environ) == (
+        "OTHER_DB_PASSWORD=hunter2 hunter2 DB_PASSWORD=hunter22"
+    )
+
+
+def test_variable_that_is_taken_away_meanwhile_costs_nothing() -> None:
+    class Shrinking(dict[str, str]):
+        def __iter__(self) -> Iterator[str]:
+            names = list(super().__iter__())
+            self.pop("A_TOKEN", None)
+            return iter(names)
+
+    assert redact("first-value second-value", Shrinking(A_TOKEN="first-value", B_TOKEN="second-value")) == (
+        "first-value ***"
+    )
