@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankwise.logs.fold import Folder, Line, level_number, pattern, ranks_as_text
+from rankwise.logs.fold import (
+    MAX_KNOWN_PATTERNS,
+    MAX_PATTERN_LENGTH,
+    Folder,
+    Line,
+    level_number,
+    pattern,
+    ranks_as_text,
+)
 from rankwise.logs.screen import as_text
 
 
@@ -241,3 +249,31 @@ def test_lines_of_other_kinds_of_many_ranks_add_up() -> None:
     assert sum(line.count for line in lines) == 1000
     (rest,) = [line for line in said(lines) if "other kinds" in line]
     assert rest.endswith("(x960, ranks 1-2)")
+
+
+def test_errors_of_one_message_whose_reasons_differ_stay_apart_but_for_numbers() -> None:
+    folder = Folder(0)
+    for rank, reason in enumerate(["file 1 is torn", "file 2 is torn", "no such file"]):
+        error = {"type": "ValueError", "message": reason, "traceback": f"Traceback ...\nValueError: {reason}\n"}
+        folder.add(record(rank, "cannot decode", "ERROR", exception=error), 0.0)
+    lines = folder.flush(2.0)
+    assert [(line.ranks, line.is_exact) for line in lines] == [((0, 1), False), ((2,), True)]
+
+
+def test_patterns_are_forgotten_though_the_oldest_of_them_waits() -> None:
+    folder = Folder(0)
+    for number in range(MAX_KNOWN_PATTERNS + 100):
+        folder.add(record(1, "oldest"), 0.0)
+        if number == 0:
+            folder.flush(0.0)
+            folder.add(record(1, "oldest"), 0.0)
+        folder.add(record(1, f"word {word(number)}"), 0.0)
+        folder._finish(next(key for key in folder._waiting if key[2] != "oldest"), 0.0)
+    assert len(folder._batches) <= MAX_KNOWN_PATTERNS
+
+
+def test_long_messages_have_one_pattern_only_if_their_ends_are_equal() -> None:
+    begin = "1 " * MAX_PATTERN_LENGTH
+    assert pattern(begin + "end") == pattern("2" + begin[1:] + "end")
+    assert pattern(begin + "end") != pattern(begin + "other end")
+    assert len(pattern("1" + "x" * 1_000_000)) < 2 * MAX_PATTERN_LENGTH

@@ -16,6 +16,8 @@ MAX_WINDOW_SECONDS = 10.0
 FLOOD_SECONDS = 2.0
 """A line that comes again after a longer pause is no repeat, but news."""
 MAX_KNOWN_PATTERNS = 1000
+MAX_PATTERN_LENGTH = 4096
+"""Characters in which numbers are looked for: the search holds the GIL, a third of a second for a million."""
 
 _NUMBER = re.compile(
     r"\b[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}\b"  # a UUID
@@ -30,11 +32,12 @@ def pattern(message: str) -> str:
     """The message with every number in it as `#`: messages of one pattern differ in numbers only.
 
     Digits, decimals, exponents, hexadecimal numbers, digests and UUIDs count as numbers; nan and inf do not, since a
-    loss that became nan is news.
+    loss that became nan is news. What comes after 4,096 characters has to be equal, and is told by its hash.
 
     Ranks: local.
     """
-    return _NUMBER.sub("#", message)
+    head = _NUMBER.sub("#", message[:MAX_PATTERN_LENGTH])
+    return head if len(message) <= MAX_PATTERN_LENGTH else f"{head}{hash(message[MAX_PATTERN_LENGTH:])}"
 
 
 def ranks_as_text(ranks: Iterable[int]) -> str:
@@ -181,7 +184,7 @@ class Folder:
             self._num_waiting[is_urgent(key[0])] += 1
         if rank not in batch.known_ranks:
             batch.due = min(batch.due, now + self._window_seconds)
-        if record["message"] != batch.first["message"] or record.get("numbers_differ"):
+        if _words(record) != _words(batch.first) or record.get("numbers_differ"):
             batch.is_exact = False
         batch.newest = record
         batch.last_seen = now
@@ -215,9 +218,8 @@ class Folder:
         # The newest last, so that the first ones are those to forget.
         self._batches[key] = self._batches.pop(key)
         if len(self._batches) > MAX_KNOWN_PATTERNS:
-            oldest = next(iter(self._batches))
-            if oldest not in self._waiting:
-                del self._batches[oldest]
+            oldest = next((known for known in self._batches if known not in self._waiting), key)
+            del self._batches[oldest]
         return line
 
     def _has_room(self, key: _Key, now: float) -> bool:
@@ -253,6 +255,12 @@ def level_number(name: str) -> int:
     return int(digits) if digits.isdecimal() else logging.INFO
 
 
-def _key(record: Record) -> _Key:
+def _words(record: Record) -> tuple[str, str, str]:
+    """What a record says: its message, and its exception's type and message, but not the lines of the traceback."""
     exception = record.get("exception") or {}
-    return record["level"], record["logger"], pattern(record["message"]), exception.get("type", "")
+    return record["message"], str(exception.get("type", "")), str(exception.get("message", ""))
+
+
+def _key(record: Record) -> _Key:
+    message, error, reason = _words(record)
+    return record["level"], record["logger"], pattern(message), f"{error}: {pattern(reason)}" if error else ""
