@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,12 @@ def test_oldest_files_beyond_the_wanted_number_are_removed(tmp_path: Path) -> No
         lines.write([b"%d........\n" % number])
     lines.close()
     assert names(tmp_path) == ["a.000004.jsonl", "a.000005.jsonl", "a.jsonl"]
+    none = LinesFile(tmp_path / "b.jsonl", max_bytes=10, num_backups=0)
+    for number in range(3):
+        none.write([b"%d........\n" % number])
+    none.close()
+    assert (tmp_path / "b.jsonl").read_bytes() == b"2........\n"
+    assert [name for name in names(tmp_path) if name.startswith("b")] == ["b.jsonl"]
 
 
 def test_next_process_goes_on_with_the_numbers_and_the_file(tmp_path: Path) -> None:
@@ -123,3 +130,27 @@ print(lines.write([b"after\\n"]), lines.num_dropped)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "2 2\n1 2\n", done.stderr
     assert (tmp_path / "a.jsonl").read_text() == "1234\n1234\n12\nafter\n"
+
+
+def test_file_that_was_removed_is_begun_anew(tmp_path: Path) -> None:
+    lines = LinesFile(tmp_path / "a.jsonl")
+    assert lines.write([b"one\n"]) == 1
+    (tmp_path / "a.jsonl").unlink()
+    assert lines.write([b"two\n"]) == 1
+    lines.close()
+    assert (tmp_path / "a.jsonl").read_bytes() == b"two\n"
+
+
+def test_lines_are_counted_while_the_folder_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    lines = LinesFile(folder / "a.jsonl")
+    lines.write([b"one\n"])
+    shutil.rmtree(folder)
+    assert (lines.write([b"two\n"]), lines.write([b"three\n", b"four\n"]), lines.num_dropped) == (0, 0, 3)
+    assert capsys.readouterr().err.count("cannot write") == 1
+    assert not folder.exists()
+    folder.mkdir()
+    assert lines.write([b"five\n"]) == 1
+    lines.close()
+    assert (folder / "a.jsonl").read_bytes() == b"five\n"

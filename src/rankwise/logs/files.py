@@ -15,9 +15,10 @@ DEFAULT_MAX_BYTES = 64 << 20
 class LinesFile:
     """Appends lines, many with one system call; none that was written is lost when the process dies.
 
-    A disk that is full, or gone, costs lines, which are counted, and never an exception in training. A file that
-    would grow past `max_bytes` is renamed first, from rank-00000.jsonl to rank-00000.000001.jsonl and so on: a larger
-    number is newer, and the file without number is the newest.
+    A disk that is full, or gone, costs lines, which are counted, and never an exception in training. A file that was
+    removed is begun anew, if its folder is still there. A file that would grow past `max_bytes` is renamed first, from
+    rank-00000.jsonl to rank-00000.000001.jsonl and so on: a larger number is newer, and the file without number is the
+    newest.
 
     Args:
         max_bytes: size at which a new file is begun; a single line may be longer.
@@ -40,6 +41,9 @@ class LinesFile:
             How many of them are in the file now; the others are given up.
         Ranks: local.
         """
+        if self._is_removed() and not self._begin_again():
+            self.num_dropped += len(lines)
+            return 0
         num_written = 0
         chunk: list[bytes] = []
         size = self._size
@@ -67,6 +71,23 @@ class LinesFile:
         self._size = os.fstat(self._descriptor).st_size
         self._is_torn = self._size > 0 and not _ends_whole(self.path)
 
+    def _is_removed(self) -> bool:
+        """Whether nobody can read any more what would be written."""
+        with contextlib.suppress(OSError):
+            return os.fstat(self._descriptor).st_nlink == 0
+        return False
+
+    def _begin_again(self) -> bool:
+        """Open a new file in place of the one that was removed; a folder that was removed stays so."""
+        removed = self._descriptor
+        try:
+            self._open()
+        except OSError as error:
+            self._say_failed(error)
+            return False
+        os.close(removed)
+        return True
+
     def _write_chunk(self, lines: list[bytes]) -> int:
         if not lines:
             return 0
@@ -90,12 +111,13 @@ class LinesFile:
     def _rotate(self) -> None:
         with contextlib.suppress(OSError):
             numbers = sorted(_rotated(self.path))
-            os.rename(self.path, rotated_path(self.path, numbers[-1] + 1 if numbers else 1))
+            numbers.append(numbers[-1] + 1 if numbers else 1)
+            os.rename(self.path, rotated_path(self.path, numbers[-1]))
             full = self._descriptor
             self._open()  # where this fails the full file is written on
             os.close(full)
             if self._num_backups is not None:
-                for number in numbers[: max(0, len(numbers) + 1 - self._num_backups)]:
+                for number in numbers[: max(0, len(numbers) - self._num_backups)]:
                     os.unlink(rotated_path(self.path, number))
 
     def _say_failed(self, error: OSError) -> None:
