@@ -123,3 +123,18 @@ def test_every_level_has_its_call_and_its_place(caplog: pytest.LogCaptureFixture
     assert {record.funcName for record in caplog.records} == {"test_every_level_has_its_call_and_its_place"}
     assert [record.levelname for record in caplog.records[:5]] == ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
     logs.said_once.clear()
+
+
+def test_ranks_that_name_none_are_refused_with_what_is_needed(start: Start) -> None:
+    start(0)
+    for wrong in ("mian", 3, None):
+        with pytest.raises(ValueError, match=r'names no ranks\. Give "main", "all", or a list'):
+            logger.warning("here", ranks=wrong)  # type: ignore[arg-type]
+
+
+def test_once_remembers_so_many_records_and_no_more(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(1)
+    monkeypatch.setattr("rankwise.logs.logger.MAX_SAID_ONCE", 10)
+    for number in range(100):
+        logger.info("number %d", number, once=True)
+    assert len(logs.said_once) == 10

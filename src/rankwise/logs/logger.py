@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import MutableMapping, Sequence
@@ -14,7 +15,10 @@ from rankwise.logs.record import SHOWN, render
 
 Ranks = Literal["main", "all"] | Sequence[int]
 
-said_once: set[tuple[str, int, str]] = set()
+MAX_SAID_ONCE = 10_000
+"""Records made with `once=` that are remembered; a program may make them of ever new words."""
+said_once: dict[int, object] = {}
+"""Their hashes, the oldest first, for the words may be long."""
 _guess: tuple[str | None, int] | None = None
 
 
@@ -24,8 +28,10 @@ class RankLogger(logging.LoggerAdapter[logging.Logger]):
     ranks: which ranks make the record. "all" (the default) writes it to every calling rank's file and shows the
         main process's INFO and every rank's WARNING; "main" makes it on the main process alone; a list of ranks
         makes it there and shows it, labelled.
-    once: drop the record when this process has already made an equal one.
+    once: drop the record when this process has already made an equal one; the last 10,000 are remembered.
 
+    Raises:
+        ValueError: by a call whose `ranks=` is none of these.
     Ranks: local; a call never waits for another rank.
     """
 
@@ -66,10 +72,14 @@ class RankLogger(logging.LoggerAdapter[logging.Logger]):
         return msg, kwargs
 
     def _is_new(self, level: int, msg: object, args: tuple[object, ...]) -> bool:
-        key = (self.logger.name, level, render(msg, args))
-        is_new = key not in said_once
-        said_once.add(key)
-        return is_new
+        mark = object()
+        # One step, so that of two threads that come together one is the first.
+        if said_once.setdefault(hash((self.logger.name, level, render(msg, args))), mark) is not mark:
+            return False
+        if len(said_once) > MAX_SAID_ONCE:
+            with contextlib.suppress(StopIteration, RuntimeError):  # another thread was faster
+                said_once.pop(next(iter(said_once)), None)
+        return True
 
 
 def get_logger(name: str) -> RankLogger:
@@ -84,7 +94,14 @@ def _is_among(ranks: Ranks) -> bool:
     rank = state.rank
     if rank is None:
         rank = current_rank()
-    return rank == 0 if ranks == "main" else rank in ranks
+    if ranks == "main":
+        return rank == 0
+    try:
+        return rank in ranks
+    except TypeError:
+        raise ValueError(
+            f'ranks={ranks!r} names no ranks. Give "main", "all", or a list of ranks such as [0, 3].'
+        ) from None
 
 
 def current_rank() -> int:
