@@ -203,3 +203,22 @@ handle.close()
     shown = run_in_terminal(code, tmp_path)
     assert [re.sub(r"^\S+ ", "", text) for text in shown[:-1]] == [f"INFO     a: line {n}" for n in (0, 5, 10, 15)]
     assert shown[-1].startswith("training: 100%")
+
+
+def test_lines_stand_above_a_progress_bar_on_a_console_of_its_own(tmp_path: Path) -> None:
+    code = (
+        BODY
+        + """
+from rich.progress import track
+for number in track(range(20), description="training"):
+    if number % 5 == 0:
+        log.info("line %d", number)
+        handle.flush()
+    time.sleep(0.01)
+handle.close()
+"""
+    )
+    shown = run_in_terminal(code, tmp_path)
+    assert [re.sub(r"^\S+ ", "", text) for text in shown[:-1]] == [f"INFO     a: line {n}" for n in (0, 5, 10, 15)]
+    assert shown[-1].startswith("training")
+    assert "100%" in shown[-1]

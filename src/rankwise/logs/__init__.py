@@ -15,6 +15,7 @@ from typing import Any
 from rankwise.errors import RankwiseError
 from rankwise.identity import Identity
 from rankwise.logs import screen, state
+from rankwise.logs.bars import hide_tqdm
 from rankwise.logs.capture import Capture
 from rankwise.logs.chain import Chain
 from rankwise.logs.children import WorkerInit
@@ -58,6 +59,7 @@ class LogHandle:
         root.addHandler(handler)
         self._chain = Chain(handler, self._level)
         self._capture = Capture(handler.teller.flush, prints=capture_prints)
+        self._restore_bars = hide_tqdm() if handler.identity.rank != 0 else lambda: None
         handler.at_exit = self._finish_child
         self._worker_init = WorkerInit(
             handler.identity,
@@ -86,6 +88,7 @@ class LogHandle:
             return
         root = logging.getLogger()
         try:
+            self._restore_bars()
             self._capture.close()
             root.removeHandler(handler)
             self._chain.close()
@@ -127,9 +130,9 @@ def configure(
 
     Every record that its logger's own level lets through comes there, whether the logger propagates or not, and
     whatever handlers others put on or take off later. Uncaught exceptions and warnings become records too. Plain stream
-    handlers on stderr or stdout, of any logger, say nothing until the handle is closed. Processes that are forked
-    later, such as the workers of a data loader, write files of their own beside it; spawned ones do so with
-    `worker_init`.
+    handlers on stderr or stdout, of any logger, say nothing until the handle is closed, and tqdm draws no bars on ranks
+    other than the main process. Processes that are forked later, such as the workers of a data loader, write files
+    of their own beside it; spawned ones do so with `worker_init`.
 
     Args:
         device: where this rank computes, for the console's labels.

@@ -56,10 +56,17 @@ def _make_terminal(is_quiet: bool) -> Console:
     from rich.console import Console, RenderHook
 
     class Terminal(Console):
+        num_hooks = 0
+
         def push_render_hook(self, hook: RenderHook) -> None:
             # A line that was begun without the bar, and ends after its first drawing, would stand in the bar's row.
             with _printing:
                 super().push_render_hook(hook)
+                self.num_hooks += 1
+
+        def pop_render_hook(self) -> None:
+            super().pop_render_hook()
+            self.num_hooks -= 1
 
     return Terminal(stderr=True, quiet=is_quiet)
 
@@ -76,7 +83,7 @@ def show(lines: Iterable[Line], own_rank: int | None) -> None:
             return
         if not _is_terminal():
             say_on_stderr(as_text(line, own_rank))
-        elif not _show_above_tqdm(line, own_rank):
+        elif not _show_above_tqdm(line, own_rank) and not _show_above_rich(line, own_rank):
             table = _as_table(line, own_rank)
             with _printing:
                 _terminal(False).print(table)
@@ -157,7 +164,19 @@ def _show_above_tqdm(line: Line, own_rank: int | None) -> bool:
     bars = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
     if bars is None or not getattr(bars, "_instances", None):
         return False
-    with _terminal(False).capture() as captured:
-        _terminal(False).print(_as_table(line, own_rank))
-    bars.write(captured.get().rstrip("\n"), file=sys.stderr)
+    bars.write(_as_columns(line, own_rank), file=sys.stderr)
     return True
+
+
+def _show_above_rich(line: Line, own_rank: int | None) -> bool:
+    """Print above a live display of rich on another console than ours, if there is one: it replaces stderr."""
+    if not hasattr(sys.stderr, "rich_proxied_file") or getattr(_terminal(False), "num_hooks", None):
+        return False
+    sys.stderr.write(_as_columns(line, own_rank) + "\n")
+    return True
+
+
+def _as_columns(line: Line, own_rank: int | None) -> str:
+    with _printing, _terminal(False).capture() as captured:
+        _terminal(False).print(_as_table(line, own_rank))
+    return captured.get().rstrip("\n")
