@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# A machine with other work on it is slow now and then.
+settings.register_profile("no_deadline", deadline=None)
+settings.load_profile("no_deadline")
 
 START = datetime(2026, 5, 1, 12, tzinfo=UTC)
 
