@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 
 from rankwise import logs
 from rankwise.identity import Identity
+from rankwise.logs import screen
 from rankwise.logs.bars import hide_tqdm
+from rankwise.logs.fold import Line
 
 try:
     from tqdm import auto, std
@@ -71,3 +74,50 @@ def test_hook_of_somebody_else_around_ours_stays_and_is_passed_on_to(monkeypatch
         assert "100%" in drawn(monkeypatch, lambda: std.tqdm(range(3)))
     finally:
         std.tqdm.__init__ = original
+
+
+def others_may_draw() -> bool:
+    """Whether another thread could draw a bar now."""
+    answers: list[bool] = []
+
+    def ask() -> None:
+        lock = std.TqdmDefaultWriteLock.th_lock
+        answers.append(lock.acquire(blocking=False))
+        if answers[0]:
+            lock.release()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    return answers[0]
+
+
+def test_bar_that_begins_waits_for_the_line_that_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, text: str) -> int:
+            answers.append(others_may_draw())
+            return len(text)
+
+    answers: list[bool] = []
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    screen.forget_terminal()
+    screen.show([Line({"level": "INFO", "logger": "a", "message": "here", "rank": 0}, ranks=(0,))], 0)
+    screen.forget_terminal()
+    assert answers
+    assert not any(answers)
+    assert others_may_draw()
+
+
+def test_forked_process_may_draw_though_a_thread_of_its_parent_was_drawing() -> None:
+    std.tqdm.get_lock().acquire()
+    try:
+        assert not others_may_draw()
+        held = std.tqdm.get_lock()
+        screen.forget_terminal()  # as in the child
+        assert others_may_draw()
+        assert std.tqdm.get_lock() is not held
+    finally:
+        held.release()

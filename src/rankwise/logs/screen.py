@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterable
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankwise.logs import state
 from rankwise.logs.files import say_on_stderr
@@ -43,6 +43,13 @@ def forget_terminal() -> None:
     global _printing
     _printing = threading.RLock()
     _make_terminal.cache_clear()
+    # The same is true of the lock that tqdm has for threads; the one it has for processes is let go by its holder.
+    locks: Any = getattr(sys.modules.get("tqdm.std"), "TqdmDefaultWriteLock", None)
+    if locks is not None:
+        locks.th_lock = threading.RLock()
+        bars = sys.modules["tqdm.std"].tqdm
+        if type(getattr(bars, "_lock", None)) is locks:
+            bars.set_lock(locks())
 
 
 def _terminal(is_quiet: bool) -> Console:
@@ -83,10 +90,14 @@ def show(lines: Iterable[Line], own_rank: int | None) -> None:
             return
         if not _is_terminal():
             say_on_stderr(as_text(line, own_rank))
-        elif not _show_above_tqdm(line, own_rank) and not _show_above_rich(line, own_rank):
-            table = _as_table(line, own_rank)
-            with _printing:
-                _terminal(False).print(table)
+            continue
+        # Under tqdm's lock also while there is no bar: the first drawing of one that begins now waits for the line.
+        bars = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
+        with bars.get_lock() if bars is not None else contextlib.nullcontext():
+            if not _show_above_tqdm(line, own_rank) and not _show_above_rich(line, own_rank):
+                table = _as_table(line, own_rank)
+                with _printing:
+                    _terminal(False).print(table)
 
 
 def as_text(line: Line, own_rank: int | None) -> str:
