@@ -44,12 +44,12 @@ def forget_terminal() -> None:
     _printing = threading.RLock()
     _make_terminal.cache_clear()
     # The same is true of the lock that tqdm has for threads; the one it has for processes is let go by its holder.
-    locks: Any = getattr(sys.modules.get("tqdm.std"), "TqdmDefaultWriteLock", None)
-    if locks is not None:
+    module: Any = sys.modules.get("tqdm.std")
+    if hasattr(module, "TqdmDefaultWriteLock"):
+        locks = module.TqdmDefaultWriteLock
         locks.th_lock = threading.RLock()
-        bars = sys.modules["tqdm.std"].tqdm
-        if type(getattr(bars, "_lock", None)) is locks:
-            bars.set_lock(locks())
+        if isinstance(getattr(module.tqdm, "_lock", None), locks):
+            module.tqdm.set_lock(locks())
 
 
 def _terminal(is_quiet: bool) -> Console:
