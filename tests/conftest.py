@@ -26,6 +26,7 @@ install_import_hook(
         "videovae.models.wfvae",
         "videovae.quality",
         "videovae.reconstruct",
+        "videovae.steps",
         "videovae.train",
     ],
     # An int is a float, as in any signature.

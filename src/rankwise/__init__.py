@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rankwise.checkpoint import CheckpointManager, PerRank
+    from rankwise.checkpoint import CheckpointManager, PerRank, save_on_main
     from rankwise.collectives import (
         agree,
         barrier,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rankwise.errors import (
         CheckpointCorruptError,
         CheckpointError,
+        CheckpointLeaseError,
         CheckpointMismatchError,
         CheckpointNotFoundError,
         DeviceError,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "CheckpointCorruptError": "errors",
     "CheckpointError": "errors",
+    "CheckpointLeaseError": "errors",
     "CheckpointManager": "checkpoint",
     "CheckpointMismatchError": "errors",
     "CheckpointNotFoundError": "errors",
@@ -84,6 +86,7 @@ _HOMES = {
     "raise_together": "collectives",
     "reduce_mean": "collectives",
     "same_on_every_rank": "seed",
+    "save_on_main": "checkpoint",
     "seed_all": "seed",
     "select_device": "device",
     "threads_per_process": "threads",
@@ -93,6 +96,7 @@ _HOMES = {
 __all__ = [
     "CheckpointCorruptError",
     "CheckpointError",
+    "CheckpointLeaseError",
     "CheckpointManager",
     "CheckpointMismatchError",
     "CheckpointNotFoundError",
@@ -128,6 +132,7 @@ __all__ = [
     "raise_together",
     "reduce_mean",
     "same_on_every_rank",
+    "save_on_main",
     "seed_all",
     "select_device",
     "threads_per_process",

@@ -10,6 +10,7 @@ RankwiseError                       root of everything that rankwise raises on p
     +-- CheckpointNotFoundError     there is no such step or item
     +-- CheckpointCorruptError      a file is not what was written
     +-- CheckpointMismatchError     whole, but made for something else
+    +-- CheckpointLeaseError        another job writes in the same folder
 """
 
 from __future__ import annotations
@@ -156,3 +157,7 @@ class CheckpointCorruptError(CheckpointError):
 
 class CheckpointMismatchError(CheckpointError):
     """The checkpoint is whole, but made for something else than it is loaded into."""
+
+
+class CheckpointLeaseError(CheckpointError):
+    """Another job writes, or has begun to write, where this one wants to: nothing of this one's save was kept."""

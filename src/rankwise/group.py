@@ -40,7 +40,10 @@ _SPOKEN_BY_OTHERS = ("SystemExit", "KeyboardInterrupt")
 _CONTRADICTION_SECONDS = 10.0
 _BY_HAND = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
 _logger = logs.get_logger(__name__)
+_LONG = timedelta(days=30)
 _connection_numbers = itertools.count()
+_open_connection: Connection | None = None
+_at_end: list[Callable[[bool], None]] = []
 
 
 class Connection:
@@ -119,6 +122,19 @@ class Connection:
             self._make_group(identity, backend)
         if self._link is not None:
             use_link(self._link)
+        _set_open(self)
+
+    def make_side_group(self) -> dist.ProcessGroup:
+        """As the function of this name.
+
+        Ranks: every rank must call.
+        """
+        with _gloo_interface(self._one_machine):
+            made = in_thread(lambda: dist.new_group(backend="gloo", timeout=_LONG), "rankwise-group")
+            wait_until(lambda: made.done() or self._is_lost(), math.inf, lambda: False)
+            self._raise_if_lost()
+            group: dist.ProcessGroup = made.result()
+        return group
 
     def close(self, *, failed: bool) -> None:
         """Give up, within seconds, what `find_others` and `open` made; a group that was there before stays.
@@ -128,6 +144,7 @@ class Connection:
         Ranks: local.
         """
         use_link(None)
+        _set_open(None)
         leave, self._leave = self._leave, None
         if self._link is not None:
             self._link.say_left()
@@ -228,6 +245,9 @@ class Connection:
             shared.on_every_rank = True
             raise shared
 
+    def _is_lost(self) -> bool:
+        return self._lifeline is not None and self._lifeline.first_failure is not None
+
     def _raise_if_lost(self) -> None:
         if self._lifeline is not None and self._lifeline.first_failure is not None:
             raise RankFailedError((self._lifeline.first_failure,), "failed first")
@@ -288,6 +308,47 @@ class Connection:
             torch.accelerator.set_device_index(self._device.index)
 
 
+def make_side_group() -> dist.ProcessGroup:
+    """A process group of all ranks over the CPU, for what goes on in the background: nothing else comes between there.
+
+    It waits for ever: gloo's own time limit, once over, breaks a group for good, and a slow disk must not. Of a rank
+    that dies its connections tell.
+
+    Raises:
+        RankFailedError: another rank failed first.
+    Ranks: every rank must call, in one order with other groups.
+    """
+    if _open_connection is not None:
+        return _open_connection.make_side_group()
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_LONG)
+    return group
+
+
+def at_session_end(callback: Callable[[bool], None]) -> Callable[[], None]:
+    """Have `callback` called when the session ends, while the ranks can still talk; with whether it ends by an error.
+
+    Returns:
+        What takes that back.
+    Ranks: local.
+    """
+    _at_end.append(callback)
+
+    def forget() -> None:
+        with contextlib.suppress(ValueError):
+            _at_end.remove(callback)
+
+    return forget
+
+
+def end_session(*, failed: bool) -> None:
+    """Call what waits for the end of the session, the last first.
+
+    Ranks: every rank must call, unless `failed`.
+    """
+    while _at_end:
+        _at_end.pop()(failed)
+
+
 def tell_contradiction(error: LaunchError, environ: Mapping[str, str]) -> None:
     """Let the others hear of an environment that contradicts itself, if the launcher's own variables lead to them.
 
@@ -324,6 +385,11 @@ def _require_same_place(identity: Identity) -> None:
             f"the process group that is there says rank {dist.get_rank()} of {dist.get_world_size()}, the environment "
             f"says rank {identity.rank} of {identity.world_size}. Make both agree, or let `init` make it."
         )
+
+
+def _set_open(connection: Connection | None) -> None:
+    global _open_connection
+    _open_connection = connection
 
 
 def _clone(prefix: str, store: Store) -> Store:

@@ -82,6 +82,31 @@ def follow_parent(launcher: tuple[int, int] | None = None) -> None:
     threading.Thread(target=_watch, args=(is_alone,), name="rankwise-parent", daemon=True).start()
 
 
+def is_alive(process: str) -> bool | None:
+    """Whether a process lives, as its `launcher_token` names it; None where it cannot be seen from here.
+
+    Raises:
+        ValueError: it names no process.
+    Ranks: local.
+    """
+    place, pid, started = process.rsplit(":", 2)
+    own_place = launcher_token().rsplit(":", 2)[0]
+    _, boot_id, namespace = own_place.rsplit(":", 2)
+    if place != own_place or not boot_id or not namespace:
+        return None
+    found = start_time(int(pid))
+    if found is not None:
+        return found == int(started)
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return None  # it is there, but /proc hides other users' processes
+    # There to be signalled: a zombie, unless /proc hides it for another reason.
+    return False if Path(f"/proc/{pid}/stat").exists() else None
+
+
 def start_time(pid: int) -> int | None:
     """When a process started, in clock ticks since boot; None when it has ended.
 

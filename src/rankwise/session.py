@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import platform
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
@@ -21,14 +17,11 @@ import torch
 from rankwise import collectives, lastwords, logs, threads
 from rankwise.device import select_device
 from rankwise.errors import LaunchError, MissingRanksError, RankFailedError, RankFailure, RankwiseError
-from rankwise.files import write_atomic
-from rankwise.group import Connection, place_in_group, tell_contradiction
+from rankwise.group import Connection, end_session, place_in_group, tell_contradiction
 from rankwise.identity import Identity
 from rankwise.parent import end_with_parent
+from rankwise.rundir import RunFile, cannot_write
 from rankwise.waiting import FIRST_FAILURE_SECONDS, is_lost_connection
-
-RUN_FORMAT = 1
-"""Version of the layout of run.json."""
 
 _logger = logs.get_logger(__name__)
 _open_session: Session | None = None
@@ -183,6 +176,7 @@ def init(
         MissingRanksError: ranks did not start in time; it names them.
         StoppedError: asked to stop before all had started.
         RankFailedError: another rank could not start, or failed first.
+        RankwiseError: `run_dir` cannot be written, or another job of this host writes there.
     Ranks: every rank must enter.
     """
     if _open_session is not None:
@@ -194,6 +188,7 @@ def init(
         tell_contradiction(error, os.environ)
         raise
     session = Session(identity, torch.device("cpu"), Path(run_dir) if run_dir is not None else None)
+    run_file = RunFile(session.run_dir) if session.run_dir is not None else None
     connection = Connection(lambda: session.stop_requested, timedelta(seconds=timeout_seconds))
     session._connection = connection
     with contextlib.ExitStack() as stack:
@@ -201,6 +196,9 @@ def init(
         stack.enter_context(_stop_signals(session))
         stack.callback(lambda: session._logs.close() if session._logs is not None else None)
         stack.callback(lambda: connection.close(failed=session._failed))
+        if run_file is not None:
+            stack.callback(run_file.end)
+        stack.callback(lambda: end_session(failed=True))
         # Warnings that wait for equal ones go to the main process while there is a way.
         stack.callback(lambda: session._logs.flush() if session._logs is not None else None)
         stack.callback(_set_open_session, None)
@@ -212,6 +210,8 @@ def init(
                 session.device = select_device(session.identity, device_type, share=share_devices)
                 _set_threads(session, bind_cpus)
                 # Until here a process may claim the rank, and so the log file, of another.
+                if run_file is not None:
+                    run_file.require_free(session.identity)
                 session._logs = logs.configure(
                     session.identity,
                     session.run_dir,
@@ -226,10 +226,16 @@ def init(
             connection.open(
                 session.device, setup_error, backend=backend, make_group=make_group, share_devices=share_devices
             )
-            if session.run_dir is not None:
-                _write_run_file(session, session.run_dir)
+            if run_file is not None:
+                run_file.write(session.identity, session.device)
             _logger.info("%s", _start_line(session))
-            yield session
+            try:
+                yield session
+            except SystemExit as error:
+                if error.code in (0, None):
+                    end_session(failed=False)
+                raise
+            end_session(failed=False)
         except BaseException as error:
             session._failed = not (isinstance(error, SystemExit) and error.code in (0, None))
             first = session._surface(error)
@@ -252,18 +258,11 @@ def _set_open_session(session: Session | None) -> None:
     _open_session = session
 
 
-def _cannot_write(error: OSError) -> RankwiseError:
-    return RankwiseError(
-        f"cannot write {error.filename or 'the run directory'}: {error.strerror or error}. "
-        "Choose a run directory that this process can write, on a disk with room."
-    )
-
-
 def _cannot_start(identity: Identity, error: Exception) -> RankwiseError:
     if isinstance(error, RankwiseError):
         return error
     if isinstance(error, OSError):
-        told = _cannot_write(error)
+        told = cannot_write(error)
     else:
         told = RankwiseError(
             f"rank {identity.rank} cannot set up on {identity.hostname}: {type(error).__name__}: {error}"
@@ -318,55 +317,3 @@ def _start_line(session: Session) -> str:
         f"rank {identity.rank} of {identity.world_size} on {nodes} (launcher: {identity.launcher}), "
         f"host {identity.hostname}, device {session.device}"
     )
-
-
-def _write_run_file(session: Session, run_dir: Path) -> None:
-    """Write RUN/run.json: what runs, from which code, and where each rank is. No values of the environment."""
-    identity = session.identity
-    ranks = collectives.gather_objects(
-        {
-            "rank": identity.rank,
-            "local_rank": identity.local_rank,
-            "node_rank": identity.node_rank,
-            "host": identity.hostname,
-            "pid": os.getpid(),
-            "device": str(session.device),
-        }
-    )
-
-    def write() -> None:
-        from rankwise import __version__
-
-        content = {
-            "format": RUN_FORMAT,
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {
-                "rankwise": __version__,
-                "torch": str(torch.__version__),
-                "python": platform.python_version(),
-            },
-            "command": logs.redact_command(sys.orig_argv),
-            "git_revision": _git_revision(),
-            "launcher": identity.launcher,
-            "job_id": identity.job_id,
-            "world_size": identity.world_size,
-            "num_nodes": identity.num_nodes,
-            "ranks": ranks,
-        }
-        try:
-            write_atomic(run_dir / "run.json", json.dumps(content, indent=1) + "\n")
-        except OSError as error:
-            raise _cannot_write(error) from error
-
-    collectives.on_main_process(write)
-
-
-def _git_revision() -> str | None:
-    """The commit of the code that runs, None where it lies in no repository."""
-    script = Path(sys.argv[0]) if sys.argv and sys.argv[0] else Path()
-    folder = script.parent if script.is_file() else Path.cwd()
-    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-        return done.stdout.strip() or None
-    return None

@@ -35,6 +35,9 @@ import torch
 import torch.distributed as dist
 
 from rankwise.parent import follow_parent
+from rankwise.resumption import assert_exact_resume
+
+__all__ = ["GRACE_SECONDS", "RankProcesses", "assert_exact_resume", "on_ranks", "run_on_ranks"]
 
 Body = Callable[..., None]
 F = TypeVar("F", bound=Body)

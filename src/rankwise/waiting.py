@@ -41,7 +41,7 @@ _SAY_AFTER_SECONDS = 0.2
 _SETTLE_SECONDS = 1.2
 _MAX_NAMED = 8
 _OWN_FOLDERS = tuple(f"{Path(file).parent}{os.sep}" for file in (os.__file__, torch.__file__, __file__))
-_LOST_CONNECTION = (
+LOST_CONNECTION = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
@@ -50,6 +50,7 @@ _LOST_CONNECTION = (
     "NCCL error",
     "NCCL communicator",
 )
+"""What torch says of a rank that is gone."""
 
 
 Place = tuple[int, int]
@@ -209,6 +210,17 @@ class Link:
             while not is_done():
                 self._require_hope(what, begin, None, place)
                 time.sleep(min(0.02, (time.monotonic() - begin) / 20))
+
+    def raise_first_failure(self, within_seconds: float = 0.0) -> None:
+        """Raise if another rank has failed, or does so within this time.
+
+        Raises:
+            RankFailedError: names the rank that failed first.
+        Ranks: local.
+        """
+        if self.lifeline is not None and within_seconds:
+            self.lifeline.heard.wait(within_seconds)
+        self._raise_first_failure()
 
     def _require_hope(self, what: str, begin: float, timeout_seconds: float | None, place: Place | None = None) -> None:
         """Raise if there is no more use in waiting."""
@@ -382,7 +394,7 @@ def is_lost_connection(error: BaseException) -> bool:
     while seen is not None:
         if isinstance(seen, dist.DistError):
             return True
-        if isinstance(seen, RuntimeError) and any(words in str(seen) for words in _LOST_CONNECTION):
+        if isinstance(seen, RuntimeError) and any(words in str(seen) for words in LOST_CONNECTION):
             return True
         # What it was merely raised in the handling of is no cause: an error of ours while we tidy up stays ours.
         seen = seen.__cause__

@@ -1,4 +1,4 @@
-"""The `videovae` command: `train`, `make-clips`, `reconstruct`, `export`."""
+"""The `videovae` command: `train`, `make-clips`, `reconstruct`, `export`, `import`."""
 
 import argparse
 import contextlib
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 import rankwise
-from rankwise.errors import RankwiseError
+from rankwise.errors import CheckpointCorruptError, RankwiseError
 from rankwise.lastwords import last_words
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ train         train a causal video VAE; starts the ranks of this node itself, or
 make-clips    write H.264 clips of moving textures, to train on where there are no videos
 reconstruct   a video through the model and back, with its PSNR
 export        a trained model as a folder in the layout of diffusers
+import        published weights, or a checkpoint of Open-Sora-Plan or WF-VAE, as such a folder
 
 `videovae COMMAND --help` lists the options of each."""
 
@@ -195,6 +196,7 @@ def _check_before_launch(config: "TrainConfig") -> None:
     from videovae.data.index import find_videos
     from videovae.errors import ConfigError, RunDirError
     from videovae.resume import choose_checkpoint
+    from videovae.weights import check_start
 
     try:
         (config.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -206,7 +208,10 @@ def _check_before_launch(config: "TrainConfig") -> None:
     weights = config.loss.perceptual_weights
     if weights is not None and not weights.exists():
         raise ConfigError(f"loss.perceptual_weights is {weights}, which does not exist. Give a file or folder.")
-    choose_checkpoint(config)
+    # The ranks look at all of a checkpoint, and go on to an older one where the newest is damaged.
+    with contextlib.suppress(CheckpointCorruptError):
+        if choose_checkpoint(config, verified=False) is None and config.init_from is not None:
+            check_start(config.init_from, config.model)
 
 
 def _default_processes() -> int:
@@ -304,9 +309,38 @@ def export_command(arguments: Sequence[str]) -> int:
     return 0
 
 
+def import_command(arguments: Sequence[str]) -> int:
+    """`videovae import`."""
+
+    def import_(
+        source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")],
+        directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")],
+        weights: Literal["auto", "ema", "raw"] = "auto",
+        config: Path | None = None,
+    ) -> None:
+        """Write weights that others trained as a folder that the other commands take. Nothing in them is executed.
+
+        Args:
+            source: A folder in the layout of diffusers, or a .ckpt file of the trainers of Open-Sora-Plan and WF-VAE.
+            directory: New or empty folder.
+            weights: The averaged ones, or those of the last step; auto takes the averaged ones where there are some.
+            config: The model's config.json, where it does not lie beside the weights.
+        """
+        from videovae.published import import_weights
+
+        found = import_weights(source, directory, weights=weights, config=config)
+        kind = {"ema": "averaged ", "raw": "raw ", None: ""}[found.kind]
+        step = "" if found.step is None else f" (step {found.step})"
+        print(f"wrote the {kind}weights of {source}{step} to {directory}")
+
+    tyro.cli(import_, args=list(arguments), prog="videovae import")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train_command,
     "make-clips": make_clips_command,
     "reconstruct": reconstruct_command,
     "export": export_command,
+    "import": import_command,
 }

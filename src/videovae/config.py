@@ -22,6 +22,9 @@ FREE_ON_RESUME = frozenset(
         "log_every",
         "eval_every",
         "save_every",
+        "keep_last",
+        "async_save",
+        "on_save_failure",
         "resume",
         "timeout_seconds",
         "clips.num_workers",
@@ -45,6 +48,9 @@ class TrainConfig:
     """Folder of training videos, searched recursively; none: clips of moving textures are made in the run folder."""
     num_steps: int = 100_000
     """Optimizer steps, generator and discriminator together."""
+    accumulate: int = 1
+    """Batches that every rank adds up for one optimizer step: as one batch of so many times the clips, in the memory of
+    a single one. Only the discriminator's batch norms see them one by one."""
     seed: int = 0
     """Decides the first weights, the order of the data and the noise."""
     log_every: int = 10
@@ -53,9 +59,18 @@ class TrainConfig:
     """Steps between two evaluations on held-out clips; one more comes before the first and after the last step."""
     save_every: int = 1_000
     """Steps between two checkpoints; the last step is always saved."""
+    keep_last: int | None = None
+    """How many of the newest checkpoints to keep; none keeps all. Older ones go when a newer one is durable."""
+    async_save: bool = True
+    """Train on while a checkpoint is written, once it is copied to memory; at most one is under way."""
+    on_save_failure: Literal["raise", "warn"] = "raise"
+    """What becomes of a run whose checkpoint cannot be written: it ends, or it goes on and says so."""
     resume: str = "auto"
     """`auto`: go on from the newest checkpoint of the run folder, if any. `never`: refuse a run folder that has one.
     Else the path of a checkpoint or of a run folder to start from."""
+    init_from: Path | None = None
+    """Where a run that starts afresh takes the autoencoder's first weights from: an imported or exported folder, or the
+    averaged weights of a run folder or checkpoint. None: random ones. The discriminator's are always random."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Type of the networks' arithmetic (autocast); weights, losses and averages stay float32. fp16 needs CUDA."""
     ema_decay: float = 0.999
@@ -77,6 +92,8 @@ class TrainConfig:
         for name in ("log_every", "eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but it counts steps: give 1 or more.")
+        if self.accumulate < 1:
+            raise ConfigError(f"accumulate is {self.accumulate}, but it counts batches: give 1 or more.")
         if self.num_steps < 0:
             raise ConfigError(f"num_steps is {self.num_steps}, but it counts steps: give 0 or more.")
         if not 0 <= self.ema_decay < 1:
@@ -124,6 +141,14 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name in sorted(old.keys() | new.keys())
         if name not in FREE_ON_RESUME and old.get(name) != new.get(name)
     ]
+
+
+def fixed_settings(config: TrainConfig) -> dict[str, Any]:
+    """What a resumed run must not change, by its dotted name.
+
+    Ranks: local.
+    """
+    return {name: value for name, value in _flat(config.to_dict()).items() if name not in FREE_ON_RESUME}
 
 
 def _plain(value: Any) -> Any:

@@ -28,16 +28,18 @@ class Origin:
     """What was never trained on, and must not be from here on."""
 
 
-def choose_checkpoint(config: TrainConfig) -> Origin | None:
+def choose_checkpoint(config: TrainConfig, *, verified: bool = True) -> Origin | None:
     """The checkpoint that `config.resume` asks for; None where the run starts afresh.
 
+    Args:
+        verified: compare all of it with its checksums, and pass over a newest one that is damaged.
     Raises:
         ConfigError: there is none, it was made with other settings than those of this run, or starting from it would
             mix two runs in one folder.
         CheckpointError: it is damaged.
     Ranks: local; reads the file system.
     """
-    found = _find(config)
+    found = _find(config, verified)
     if found is None:
         return None
     directory, step = found
@@ -52,14 +54,16 @@ def choose_checkpoint(config: TrainConfig) -> Origin | None:
     return Origin(directory, step, directory == _own(config), heldout)
 
 
-def restore(origin: Origin, state: TrainState, config: TrainConfig) -> None:
+def restore(origin: Origin, state: TrainState, config: TrainConfig, own: CheckpointManager) -> None:
     """Bring the state to where the checkpoint left it.
 
+    Args:
+        own: of this run's own checkpoints.
     Raises:
         CheckpointError: it is damaged, or made by another number of ranks.
     Ranks: every rank must call.
     """
-    checkpoints = CheckpointManager(origin.directory)
+    checkpoints = own if origin.is_own else CheckpointManager(origin.directory)
     checkpoints.load(state.items(config), origin.step)
     state.step = origin.step
     state.origin = checkpoints.read("origin", origin.step) if origin.is_own else _name(origin.directory, origin.step)
@@ -72,7 +76,7 @@ def restore(origin: Origin, state: TrainState, config: TrainConfig) -> None:
         )
 
 
-def find_checkpoint(path: Path) -> tuple[Path, int]:
+def find_checkpoint(path: Path, *, verified: bool = True) -> tuple[Path, int]:
     """Folder and step of the checkpoint that a path names: itself, or the newest one of a run folder.
 
     Raises:
@@ -84,7 +88,7 @@ def find_checkpoint(path: Path) -> tuple[Path, int]:
     if match and int(match[1]) in CheckpointManager(path.parent).steps():
         return path.parent, int(match[1])
     for directory in (path / "checkpoints", path):
-        newest = CheckpointManager(directory).latest() if directory.is_dir() else None
+        newest = CheckpointManager(directory).latest(verified=verified) if directory.is_dir() else None
         if newest is not None:
             return directory, newest
     seen = "has no whole checkpoint" if path.is_dir() else "does not exist"
@@ -99,9 +103,9 @@ def _own(config: TrainConfig) -> Path:
     return config.run_dir / "checkpoints"
 
 
-def _find(config: TrainConfig) -> tuple[Path, int] | None:
+def _find(config: TrainConfig, verified: bool) -> tuple[Path, int] | None:
     own = _own(config)
-    newest = CheckpointManager(own).latest()
+    newest = CheckpointManager(own).latest(verified=verified and config.resume != "never")
     if config.resume == "never":
         if newest is not None:
             raise ConfigError(
@@ -112,7 +116,7 @@ def _find(config: TrainConfig) -> tuple[Path, int] | None:
     if config.resume == "auto":
         return None if newest is None else (own, newest)
 
-    directory, step = find_checkpoint(Path(config.resume))
+    directory, step = find_checkpoint(Path(config.resume), verified=verified)
     if newest is None:
         return directory, step
     if directory.resolve() == own.resolve():

@@ -1,6 +1,7 @@
 """Everything that a training run carries from step to step, and that a checkpoint therefore holds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +94,19 @@ class TrainState:
             "origin": self.origin,
         }
 
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Forward passes in here leave no trace: neither in random streams, nor in the statistics of batch norms.
+
+        Ranks: local.
+        """
+        rng = self.rng.state_dict()
+        statistics = [buffer.clone() for buffer in self.discriminator.buffers()]
+        yield
+        for buffer, value in zip(self.discriminator.buffers(), statistics, strict=True):
+            buffer.copy_(value)
+        self.rng.load_state_dict(rng)
+
 
 def build_state(
     config: TrainConfig, session: rankwise.Session, videos: Sequence[VideoEntry], heldout: list[HeldoutRange]
@@ -177,21 +191,14 @@ def _settle_buckets(state: TrainState, device: torch.device) -> None:
     """
     if state.parallel_vae is state.vae:
         return
-    rng, buffers = state.rng.state_dict(), _copy_buffers(state.discriminator)
-    x = torch.rand(1, 3, state.vae.config.temporal_factor + 1, 16, 16, device=device)
-    for _ in range(2):  # the new layout takes effect in the second forward pass
-        output = state.parallel_vae(x)
-        (output.recon.mean() + output.posterior.parameters.mean()).backward()
-        sum(logits.mean() for logits in state.parallel_discriminator(x, x)).backward()
+    with state.undone():
+        x = torch.rand(1, 3, state.vae.config.temporal_factor + 1, 16, 16, device=device)
+        for _ in range(2):  # the new layout takes effect in the second forward pass
+            output = state.parallel_vae(x)
+            (output.recon.mean() + output.posterior.parameters.mean()).backward()
+            sum(logits.mean() for logits in state.parallel_discriminator(x, x)).backward()
     state.vae.zero_grad()
     state.discriminator.zero_grad()
-    for buffer, value in zip(state.discriminator.buffers(), buffers, strict=True):
-        buffer.copy_(value)
-    state.rng.load_state_dict(rng)
-
-
-def _copy_buffers(module: nn.Module) -> list[Tensor]:
-    return [buffer.clone() for buffer in module.buffers()]
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -5,30 +5,22 @@ import math
 from contextlib import ExitStack, closing
 
 import torch
-import torch.distributed as dist
-from jaxtyping import Float
-from torch import Tensor
 
 import rankwise
 from rankwise.checkpoint import CheckpointManager
 from rankwise.files import write_atomic
-from videovae.config import TrainConfig
+from videovae.config import TrainConfig, fixed_settings
 from videovae.data.index import check_failures, heldout_ranges
 from videovae.data.video import to_model_range
 from videovae.errors import DataError, DivergedError, RunDirError
 from videovae.evaluate import Share, evaluate, heldout_share, save_samples
-from videovae.losses import (
-    adaptive_weight,
-    discriminator_loss,
-    generator_adversarial_loss,
-    is_discriminator_step,
-    reconstruction_terms,
-)
-from videovae.optim import learning_rate, set_learning_rate
+from videovae.losses import is_discriminator_step
 from videovae.resume import choose_checkpoint, restore
-from videovae.state import TrainState, autocast, build_state, check_precision
+from videovae.state import TrainState, build_state, check_precision
+from videovae.steps import discriminator_step, generator_step
 from videovae.tracking import ProgressLine, Tracker
 from videovae.videos import open_videos
+from videovae.weights import start_from
 
 logger = rankwise.get_logger(__name__)
 
@@ -70,22 +62,35 @@ def train(config: TrainConfig) -> int:
         state = build_state(config, session, videos, kept_out)
         stack.enter_context(closing(state.loader))
         heldout = heldout_share(heldout_videos, config, identity)
-        checkpoints = CheckpointManager(config.run_dir / "checkpoints")
+        checkpoints = stack.enter_context(
+            CheckpointManager(
+                config.run_dir / "checkpoints",
+                keep_last=config.keep_last,
+                async_save=config.async_save,
+                on_failure=config.on_save_failure,
+                config=fixed_settings(config),
+            )
+        )
+        checkpoints.acquire()
         if origin is not None:
-            restore(origin, state, config)
+            restore(origin, state, config, checkpoints)
             if state.step >= config.num_steps:
                 logger.info(f"step {config.num_steps} is reached already: nothing to train", ranks="main")
+        elif config.init_from is not None:
+            start_from(config.init_from, state)
         saved_step = state.step if origin and origin.is_own else None
         rankwise.on_main_process(write_config, config)
         reported = set(state.loader.failures)
-        num_clips = config.clips.batch_size * identity.world_size
+        num_clips = config.clips.batch_size * config.accumulate * identity.world_size
         if is_main:
             tracker = stack.enter_context(closing(Tracker(config.run_dir, state.step)))
             progress = stack.enter_context(closing(ProgressLine(config.num_steps, state.step, rankwise.console())))
 
         def measure_quality() -> None:
             """Held-out PSNR with the raw and the averaged weights. Every rank must call."""
-            quality, frames = evaluate(state, heldout, config, device)
+            # A run that is stopped is evaluated once more, and must go on to the same numbers.
+            with state.undone():
+                quality, frames = evaluate(state, heldout, config, device)
             if is_main and quality:
                 tracker.log(state.step, quality)
                 if frames is not None:
@@ -97,12 +102,11 @@ def train(config: TrainConfig) -> int:
                 progress.skip_pause()
 
         def save() -> None:
-            """Every rank writes its part; the checkpoint appears when all have."""
+            """Every rank copies its part; the checkpoint appears when all have written theirs."""
             nonlocal saved_step
             share_losses(state, config)
             checkpoints.save(state.step, state.items(config))
             saved_step = state.step
-            logger.info(f"step {state.step}: saved {checkpoints.path(state.step)}", ranks="main")
             if is_main:
                 progress.skip_pause()
 
@@ -110,12 +114,12 @@ def train(config: TrainConfig) -> int:
         if state.step == 0 and not stopped:
             measure_quality()
         while state.step < config.num_steps and not (stopped := session.agree_to_stop()):
-            batch = next(state.loader)
-            x = to_model_range(batch.video.to(device, non_blocking=True))
+            clips = [next(state.loader).video for _ in range(config.accumulate)]
+            batches = [to_model_range(video.to(device, non_blocking=True)) for video in clips]
             if is_discriminator_step(state.step, config.loss.disc_start):
-                discriminator_step(x, state, config)
+                discriminator_step(batches, state, config)
             else:
-                generator_step(x, state, config)
+                generator_step(batches, state, config)
             state.step += 1
             session.set_step(state.step)
             if is_main:
@@ -208,98 +212,6 @@ def write_samples(state: TrainState, heldout: Share, config: TrainConfig, device
         logger.info(f"wrote {video} and {sheet}")
     except (DataError, OSError) as error:
         logger.warning(f"no samples were written: {error}")
-
-
-def generator_step(x: Float[Tensor, "b c t h w"], state: TrainState, config: TrainConfig) -> None:
-    """One step of the autoencoder, towards the clip and, from `disc_start` on, against the discriminator.
-
-    Ranks: every rank must call; gradients are averaged.
-    """
-    # The discriminator only judges here: bare, so that DDP reduces nothing for it, and frozen, so that no gradient
-    # of its weights is computed.
-    state.discriminator.requires_grad_(False)
-    with autocast(x.device, config.precision):
-        output = state.parallel_vae(x)
-        adversarial = None
-        if state.step >= config.loss.disc_start:
-            adversarial = generator_adversarial_loss(state.discriminator(output.recon))
-    coefficients = (output.encoder_coefficients, output.decoder_coefficients)
-    terms = reconstruction_terms(output.recon, x, output.posterior, coefficients, config.loss, state.perceptual)
-    loss = terms.nll + config.loss.kl_weight * terms.kl + config.loss.wavelet_weight * terms.wavelet
-    state.losses |= {"nll": terms.nll.detach(), "kl": terms.kl.detach(), "wavelet": terms.wavelet.detach()}
-    if adversarial is not None:
-        gradients = last_layer_gradients(terms.nll, adversarial, state)
-        weight = adaptive_weight(*gradients, config.loss.disc_weight)
-        loss = loss + weight * adversarial
-        state.losses |= {"adversarial": adversarial.detach(), "adversarial_weight": weight}
-    state.losses["generator"] = loss.detach()
-
-    rate = learning_rate(state.step, config.optimizer, config.optimizer.learning_rate)
-    _update(loss, state.vae, state.vae_optimizer, state.vae_scaler, rate, config.optimizer.max_grad_norm)
-    state.ema.update(state.vae)
-    state.discriminator.requires_grad_(True)
-
-
-def last_layer_gradients(
-    nll: Float[Tensor, ""], adversarial: Float[Tensor, ""], state: TrainState
-) -> tuple[Tensor, Tensor]:
-    """Gradients of both losses with respect to the decoder's last weight, averaged over the ranks.
-
-    `autograd.grad` does not pass through DDP's reduction, so without the one here every rank would weigh the
-    adversarial loss by its own clips.
-
-    Ranks: every rank must call.
-    """
-    layer = state.vae.last_layer
-    scale = state.vae_scaler.get_scale()  # 1 unless in float16, where small gradients would vanish
-    pair = torch.stack(
-        [torch.autograd.grad(loss * scale, layer, retain_graph=True)[0] / scale for loss in (nll, adversarial)]
-    )
-    if dist.is_initialized():
-        dist.all_reduce(pair)
-        pair /= dist.get_world_size()
-    return pair[0], pair[1]
-
-
-def discriminator_step(x: Float[Tensor, "b c t h w"], state: TrainState, config: TrainConfig) -> None:
-    """One step of the discriminator, on the clip and its reconstruction.
-
-    Ranks: every rank must call; gradients are averaged.
-    """
-    with torch.no_grad(), autocast(x.device, config.precision):
-        recon = state.vae(x).recon
-    with autocast(x.device, config.precision):
-        logits_real, logits_fake = state.parallel_discriminator(x, recon)
-    loss = discriminator_loss(logits_real, logits_fake, config.loss.disc_loss)
-    state.losses["discriminator"] = loss.detach()
-    rate = learning_rate(state.step, config.optimizer, config.optimizer.discriminator_peak)
-    _update(
-        loss,
-        state.discriminator,
-        state.discriminator_optimizer,
-        state.discriminator_scaler,
-        rate,
-        config.optimizer.discriminator_max_grad_norm,
-    )
-
-
-def _update(
-    loss: Float[Tensor, ""],
-    module: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    rate: float,
-    max_grad_norm: float | None,
-) -> None:
-    """Backward pass (DDP averages the gradients in it) and one optimizer step."""
-    set_learning_rate(optimizer, rate)
-    optimizer.zero_grad()
-    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-    if max_grad_norm is not None:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
-    scaler.step(optimizer)
-    scaler.update()
 
 
 def _due(step: int, every: int, num_steps: int) -> bool:

@@ -1,8 +1,7 @@
-"""A checkpoint is whole and loads, or was never there; whatever happens to whichever rank."""
+"""A training state is saved and loaded through one object, whole or not at all."""
 
+import dataclasses
 import errno
-import json
-import os
 import random
 import time
 from collections.abc import Callable
@@ -16,14 +15,18 @@ import torch.distributed as dist
 
 import rankwise
 from rankwise import CheckpointManager, PerRank
-from rankwise.checkpoint import commit
+from rankwise.checkpoint import folder
+from rankwise.checkpoint import manager as manager_module
+from rankwise.checkpoint.holder import encode, lease_name
+from rankwise.checkpoint.lease import read_holder
+from rankwise.checkpoint.manifest import Manifest, read_manifest
 from rankwise.errors import (
     CheckpointCorruptError,
     CheckpointError,
+    CheckpointLeaseError,
     CheckpointMismatchError,
     CheckpointNotFoundError,
 )
-from rankwise.files import fsync_file
 from rankwise.testing import RankProcesses, on_ranks
 
 
@@ -72,18 +75,19 @@ def test_one_item_is_read_without_touching_the_others(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path)
     state = make_state(3.0)
     manager.save(3, state)
-    (manager.path(3) / "net.safetensors").write_bytes(b"broken")
     assert manager.read("step") == 3
     assert manager.read("ema", 3)["0.weight"].tolist() == state["ema"]["0.weight"].tolist()
     assert set(manager.read("rng", rank=0)) == {"python", "numpy", "torch", "accelerator"}
-    with pytest.raises(CheckpointCorruptError, match=r"net.safetensors is damaged"):
-        manager.read("net")
     with pytest.raises(CheckpointNotFoundError, match=r"no item 'vae'. It holds net, optimizers, ema, step; for each"):
         manager.read("vae")
     with pytest.raises(CheckpointNotFoundError, match="no item 'rng' of rank 1"):
         manager.read("rng", rank=1)
     with pytest.raises(CheckpointNotFoundError, match="no item 'rng'"):
         manager.read("rng")
+    (manager.path(3) / "rank-00000.json").write_bytes(b"broken")
+    assert manager.read("step") == 3
+    with pytest.raises(CheckpointCorruptError, match=r"rank-00000.json is damaged"):
+        manager.read("rng", rank=0)
 
 
 def test_missing_steps_are_named_with_those_that_exist(tmp_path: Path) -> None:
@@ -95,15 +99,6 @@ def test_missing_steps_are_named_with_those_that_exist(tmp_path: Path) -> None:
         manager.load({"step": 0}, 7)
 
 
-def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
-    CheckpointManager(tmp_path).save(1, make_state())
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".json", ".safetensors"}
-    for path in files:
-        if path.suffix == ".json":
-            json.loads(path.read_text())
-
-
 def test_states_in_lists_come_back(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path)
     nets = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 3)]
@@ -113,30 +108,6 @@ def test_states_in_lists_come_back(tmp_path: Path) -> None:
     assert manager.load({"nets": fresh, "moments": PerRank((first, [second]))}) == 1
     assert [net.weight.tolist() for net in fresh] == [net.weight.tolist() for net in nets]
     assert (first.tolist(), second.tolist()) == ([1.0] * 2, [1.0] * 3)
-
-
-def test_saving_a_whole_step_again_changes_nothing_and_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    manager = CheckpointManager(tmp_path)
-    manager.save(1, {"value": "first"})
-    before = (manager.path(1) / "manifest.json").stat()
-    assert caplog.messages == []
-    manager.save(1, {"value": "second"})
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert caplog.messages == [f"{manager.path(1)} is there and whole, so step 1 was not saved again"]
-    assert manager.read("value") == "first"
-    assert (manager.path(1) / "manifest.json").stat() == before
-
-
-@pytest.mark.parametrize("damage", ["manifest.json", "value.json", "all"])
-def test_broken_step_is_moved_aside_and_saved_anew(tmp_path: Path, damage: str) -> None:
-    manager = CheckpointManager(tmp_path)
-    manager.save(1, {"value": "first"})
-    for path in manager.path(1).iterdir():
-        if damage in (path.name, "all"):
-            path.unlink()
-    manager.save(1, {"value": "second"})
-    assert manager.read("value") == "second"
-    assert len(list(tmp_path.glob(".broken-step-00000001-*"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -164,137 +135,6 @@ def test_state_that_does_not_fit_is_refused_by_name(
         manager.load(state)
     if "AdamW" not in message:
         assert torch.nn.utils.parameters_to_vector(state["net"].parameters()).tolist() == before
-
-
-@pytest.mark.parametrize("step", [-1, 1.0, "7", True])
-def test_step_that_is_no_count_is_refused(tmp_path: Path, step: Any) -> None:
-    with pytest.raises(CheckpointError, match="a step is a whole number"):
-        CheckpointManager(tmp_path).save(step, {})
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_every_rank_gets_the_shared_state_and_its_own(tmp_path: Path, world_size: int) -> None:
-    on_ranks(world_size)(save_and_load)(tmp_path=tmp_path)
-
-
-def save_and_load(tmp_path: Path) -> None:
-    rank = dist.get_rank()
-    manager = CheckpointManager(tmp_path)
-    net = torch.nn.Linear(2, 2)
-    with rankwise.same_on_every_rank(1):
-        net.reset_parameters()
-    weight = net.weight.tolist()
-    place = torch.tensor([rank])
-    manager.save(5, {"net": net, "place": PerRank(place)})
-    assert manager.latest() == 5
-    with torch.no_grad():
-        net.weight.zero_()
-    place.fill_(-1)
-    assert manager.load({"net": net, "place": PerRank(place)}) == 5
-    assert net.weight.tolist() == weight
-    assert place.item() == rank
-    assert {entry.name for entry in manager.path(5).iterdir()} == {
-        "manifest.json",
-        "net.json",
-        "net.safetensors",
-        *(f"rank-{r:05d}" for r in range(dist.get_world_size())),
-    }
-
-
-@on_ranks(2)
-def test_shared_state_is_asked_of_the_main_process_alone(tmp_path: Path) -> None:
-    asked = mock.Mock(return_value={"a": 1})
-    item = mock.Mock(spec=["state_dict", "load_state_dict"], state_dict=asked)
-    CheckpointManager(tmp_path).save(1, {"item": item})
-    assert asked.call_count == (1 if dist.get_rank() == 0 else 0)
-
-
-@on_ranks(2)
-def test_per_rank_state_of_another_number_of_ranks_is_refused_with_both_numbers(tmp_path: Path) -> None:
-    manager = CheckpointManager(tmp_path)
-    manager.save(5, {"place": PerRank(torch.tensor(1)), "step": 5})
-    path = manager.path(5) / "manifest.json"
-    if dist.get_rank() == 0:
-        manifest = commit.read_manifest(path.parent)
-        path.unlink()
-        staging = path.parent.rename(tmp_path / ".staging-again")
-        commit.commit(staging, commit.Manifest(**{**vars(manifest), "world_size": 4}))
-    rankwise.barrier()
-    with pytest.raises(CheckpointMismatchError, match="saved by 4 ranks and is loaded by 2, and place") as raised:
-        manager.load({"place": PerRank(torch.tensor(1)), "step": 0})
-    assert raised.value.on_every_rank
-
-
-@pytest.mark.parametrize("failing_rank", [0, 1])
-def test_full_disk_on_one_rank_fails_the_save_on_all_and_keeps_what_was_there(
-    tmp_path: Path, failing_rank: int
-) -> None:
-    on_ranks(2)(fail_to_save)(tmp_path=tmp_path, failing_rank=failing_rank)
-
-
-def fail_to_save(tmp_path: Path, failing_rank: int) -> None:
-    rank = dist.get_rank()
-    manager = CheckpointManager(tmp_path)
-    own = PerRank({"rank": rank})
-    manager.save(1, {"own": own, "value": "first"})
-    refuse = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
-    with mock.patch.object(commit, "fsync_file", refuse if rank == failing_rank else fsync_file):  # noqa: SIM117
-        with pytest.raises(CheckpointError, match=f"step 2 was not saved, because of rank {failing_rank} ") as raised:
-            manager.save(2, {"own": own, "value": "second"})
-    assert "OSError: [Errno 28] No space left on device" in str(raised.value)
-    assert raised.value.on_every_rank
-    rankwise.barrier()
-    assert os.listdir(tmp_path) == ["step-00000001"]
-    assert manager.read("value") == "first"
-    rankwise.barrier()
-    manager.save(2, {"own": own, "value": "second"})
-    assert manager.read("value") == "second"
-
-
-@pytest.mark.parametrize("call", ["mkdir", "rename", "fsync_directory", "write_atomic"])
-def test_full_disk_at_the_commit_fails_the_save_on_all(tmp_path: Path, call: str) -> None:
-    on_ranks(2)(fail_to_commit)(tmp_path=tmp_path, call=call)
-
-
-def fail_to_commit(tmp_path: Path, call: str) -> None:
-    manager = CheckpointManager(tmp_path)
-    manager.save(1, {"value": "first"})
-    refuse = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
-    place: Any = {"mkdir": Path, "rename": os}.get(call, commit)
-    with mock.patch.object(place, call, refuse):  # noqa: SIM117
-        with pytest.raises(CheckpointError, match="No space left on device") as raised:
-            manager.save(2, {"value": "second"})
-    assert raised.value.on_every_rank
-    # Once renamed a step stays, and the message says that it is there.
-    assert manager.steps() == ([1, 2] if call == "fsync_directory" else [1])
-    assert ("step-00000002 is there and whole" in str(raised.value)) == (call == "fsync_directory")
-    assert manager.load({"value": ""}, 1) == 1
-    assert not list(tmp_path.glob(".staging-*"))
-
-
-@on_ranks(2)
-def test_what_one_rank_cannot_store_fails_on_all(tmp_path: Path) -> None:
-    manager = CheckpointManager(tmp_path)
-    value = {1, 2} if dist.get_rank() == 1 else 3
-    with pytest.raises(CheckpointError, match=r"because of rank 1 .*: state\['own'\] is a builtins.set"):
-        manager.save(1, {"own": PerRank(value)})
-    assert manager.steps() == []
-
-
-@on_ranks(2)
-def test_damage_that_one_rank_finds_fails_the_load_on_all(tmp_path: Path) -> None:
-    manager = CheckpointManager(tmp_path)
-    own = torch.tensor([dist.get_rank()])
-    manager.save(1, {"own": PerRank(own)})
-    if dist.get_rank() == 0:
-        path = manager.path(1) / "rank-00001" / "own.safetensors"
-        path.write_bytes(path.read_bytes()[:-1] + b"\x55")
-    rankwise.barrier()
-    with pytest.raises(CheckpointCorruptError, match=r"because of rank 1 .*rank-00001/own.safetensors is damaged"):
-        manager.load({"own": PerRank(own)})
-    with pytest.raises(CheckpointNotFoundError, match="no step 9") as raised:
-        manager.load({"own": PerRank(own)}, 9)
-    assert raised.value.on_every_rank
 
 
 class Judge:
@@ -355,38 +195,224 @@ def test_error_whose_class_cannot_travel_reaches_all_ranks(tmp_path: Path) -> No
         assert raised.value.on_every_rank
 
 
-@pytest.mark.parametrize("existing", [False, True])
-def test_ranks_that_save_different_things_are_told(tmp_path: Path, existing: bool) -> None:
-    on_ranks(2)(save_different_things)(tmp_path=tmp_path, existing=existing)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keep_last": 0}, "keep_last is a whole number from 1 on, not 0"),
+        ({"keep_every": 1.5}, r"keep_every is a whole number from 1 on, not 1\.5"),
+        ({"max_pending": True}, "max_pending is a whole number from 1 on, not True"),
+        ({"on_failure": "ignore"}, "on_failure is 'raise' or 'warn', not 'ignore'"),
+        ({"lease_timeout_seconds": 1}, "lease_timeout_seconds is 10 or more, not 1"),
+        ({"lease_timeout_seconds": float("nan")}, "lease_timeout_seconds is 10 or more, not nan"),
+        ({"config": {"a": {1}}}, "config is not JSON: .*set"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        CheckpointManager(tmp_path, **arguments)
 
 
-def save_different_things(tmp_path: Path, existing: bool) -> None:
-    manager = CheckpointManager(tmp_path)
-    other = dist.get_rank() == 1
-    if existing:
+def test_directory_stays_the_same_when_the_program_changes_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    with CheckpointManager("checkpoints") as manager:
         manager.save(1, {"a": 1})
-    calls: list[tuple[int, dict[str, Any], str]] = [
-        (2 if other else 1, {"a": 1}, "rank 1 saves step 2, rank 0 step 1"),
-        (1, {"a": 1, "b": 2} if other else {"a": 1}, r"rank 1 and rank 0 save different items \(b\)"),
-        (1, {"a": PerRank(1) if other else 1}, r"different items \(a\). .* in `PerRank` on all of them or on none"),
-        (1, {"a": 1, "../b": 2} if other else {"a": 1}, r"because of rank 1 .* cannot be named '../b'"),
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        manager.save(2, {"a": 2})
+    assert CheckpointManager(tmp_path / "checkpoints").steps() == [1, 2]
+
+
+def damage(manager: CheckpointManager, step: int) -> None:
+    path = manager.path(step) / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def test_latest_passes_over_damaged_steps_and_says_so_loudly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    manager, tensor = CheckpointManager(tmp_path), torch.zeros(50)
+    for step in (1, 2, 3):
+        manager.save(step, {"w": torch.full((50,), float(step))})
+    damage(manager, 3)
+    (manager.path(2) / "manifest.json").write_text("{")
+    caplog.clear()
+    assert manager.load({"w": tensor}) == 1
+    assert tensor.tolist() == [1.0] * 50
+    told = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert [message.partition(" is ")[0].partition(" cannot ")[0] for message in told] == [
+        f"step 3 was not loaded: {manager.path(3)}/__0_0.distcp",
+        f"step 2 was not loaded: {manager.path(2)}/manifest.json",
     ]
-    for step, state, message in calls:
-        with pytest.raises(CheckpointError, match=message) as raised:
-            manager.save(step, state)
-        assert raised.value.on_every_rank
-        rankwise.barrier()
-        assert manager.steps() == ([1] if existing else [])
-        assert not list(tmp_path.glob(".staging-*"))
-        rankwise.barrier()
-    manager.save(3, {"b": 1, "a": 2} if other else {"a": 2, "b": 1})  # the order is no difference
-    assert manager.latest() == 3
+    assert all("Going on to an older step: what came after it is lost." in message for message in told)
+    assert (manager.latest(), manager.latest(verified=True)) == (3, 1)
+
+
+def test_step_that_has_lost_its_manifest_is_named_and_never_taken_for_no_step_at_all(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager, tensor = CheckpointManager(tmp_path), torch.zeros(3)
+    for step in (1, 2):
+        manager.save(step, {"w": torch.full((3,), float(step))})
+    (manager.path(2) / "manifest.json").unlink()
+    caplog.clear()
+    assert manager.load({"w": tensor}) == 1
+    (told,) = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert f"{manager.path(2)}/manifest.json is missing" in told
+    for load in (lambda: manager.load({"w": tensor}, 2), lambda: manager.verify(2), lambda: manager.read("w", 2)):
+        with pytest.raises(CheckpointCorruptError, match=r"step-00000002/manifest\.json is missing"):
+            load()
+    (manager.path(1) / "manifest.json").unlink()
+    with pytest.raises(CheckpointCorruptError, match="is missing"):
+        manager.load({"w": tensor})
+    manager.save(2, {"w": torch.full((3,), 5.0)})
+    assert manager.load({"w": tensor}) == 2
+    assert tensor.tolist() == [5.0] * 3
+
+
+def test_damaged_step_that_was_asked_for_is_an_error_and_changes_nothing(tmp_path: Path) -> None:
+    manager, tensor = CheckpointManager(tmp_path), torch.zeros(50)
+    for step in (1, 2):
+        manager.save(step, {"w": torch.ones(50)})
+        damage(manager, step)
+    for step in (2, 1, "latest"):
+        with pytest.raises(CheckpointCorruptError, match=r"__0_0.distcp is damaged"):
+            manager.load({"w": tensor}, step)  # type: ignore[arg-type]
+        with pytest.raises(CheckpointCorruptError, match=r"__0_0.distcp is damaged"):
+            manager.verify(step)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointCorruptError):
+        manager.latest(verified=True)
+    assert tensor.tolist() == [0.0] * 50
+
+
+@on_ranks(2)
+def test_ranks_pass_over_a_damaged_step_together(tmp_path: Path) -> None:
+    manager, own = CheckpointManager(tmp_path), torch.tensor([0])
+    for step in (1, 2):
+        manager.save(step, {"own": PerRank(torch.tensor([step]))})
+    if dist.get_rank() == 0:
+        damage(manager, 2)
+    rankwise.barrier()
+    assert manager.load({"own": PerRank(own)}) == 1
+    assert own.item() == 1
+
+
+def test_step_of_another_config_is_loaded_and_told(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, config={"lr": 0.1, "layers": [1, 2]}) as manager:
+        manager.save(1, {"a": 1})
+    for config, is_told in (
+        ({"layers": [1, 2], "lr": 0.1}, False),  # the order is no difference
+        ({"lr": 0.2, "layers": [1, 2]}, True),
+        (None, False),
+    ):
+        with mock.patch.object(manager_module._logger, "info") as told:
+            assert CheckpointManager(tmp_path, config=config).load({"a": 0}) == 1
+        said = [call.args[0] % call.args[1:] for call in told.call_args_list]
+        assert (f"{manager.path(1)} was saved with another config" in said) == is_told
+
+
+def test_manager_that_was_closed_begins_anew_under_the_next_epoch(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
+    for step in (5, 3):
+        manager.save(step, {"a": step})
+        manager.close()
+        manager.close()
+    assert [read_manifest(manager.path(step)).epoch for step in (5, 3)] == [1, 2]
+    assert manager.steps() == [5, 3]
+    assert manager.read("a") == 3
+
+
+def test_two_managers_of_one_job_share_the_lease_until_the_last_is_closed(tmp_path: Path) -> None:
+    one, two = CheckpointManager(tmp_path), CheckpointManager(tmp_path / "." / "x" / "..")
+    one.save(1, {"a": 1})
+    (tmp_path / "x").mkdir()
+    two.save(2, {"a": 2})
+    one.close()
+    two.save(3, {"a": 3})
+    two.close()
+    assert [read_manifest(one.path(step)).epoch for step in one.steps()] == [1, 1, 1]
+    holder = read_holder(tmp_path)
+    assert holder is not None
+    assert holder.released
+
+
+def try_to_save(directory: Path, refused: bool) -> None:
+    manager = CheckpointManager(directory)
+    assert manager.load({"a": 0}) is not None  # reading needs no lease
+    if not refused:
+        manager.save(15, {"a": 15})
+        manager.close()
+        return
+    with pytest.raises(CheckpointLeaseError, match=r"is written by another job: ") as raised:
+        manager.save(15, {"a": 15})
+    assert raised.value.on_every_rank
+    with pytest.raises(CheckpointLeaseError):
+        manager.acquire()
+
+
+def test_second_job_is_refused_while_the_first_writes_and_its_steps_are_newer_afterwards(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
+    manager.save(10, {"a": 10})
+    manager.save(20, {"a": 20})
+    on_ranks(2)(try_to_save)(directory=tmp_path, refused=True)
+    assert manager.steps() == [10, 20]
+    manager.close()
+    on_ranks(2)(try_to_save)(directory=tmp_path, refused=False)
+    assert manager.steps() == [10, 20, 15]
+    assert manager.read("a") == 15
+
+
+def take_over(directory: Path) -> None:
+    """Leave the lease of another job, as one of another host does that thinks this one dead."""
+    current = read_holder(directory)
+    assert current is not None
+    other = dataclasses.replace(current, epoch=current.epoch + 1, nonce="of another job", host="other-host", pid=1)
+    (directory / lease_name(other.epoch)).write_bytes(encode(other, 0))
+
+
+def test_job_that_has_lost_its_lease_commits_nothing_and_replaces_nothing(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
+    manager.save(10, {"a": "mine"})
+    commit = folder.commit
+
+    def commit_late(staging: Path, manifest: Manifest, check_lease: Callable[[], None]) -> Path:
+        """Meanwhile another job has taken over, and saved the same step."""
+        take_over(tmp_path)
+        other = folder.make_staging(tmp_path / "of-the-other", 20)
+        commit(other, dataclasses.replace(manifest, files={}, epoch=2), lambda: None).rename(manager.path(20))
+        return commit(staging, manifest, check_lease)
+
+    with (
+        mock.patch.object(folder, "commit", commit_late),
+        pytest.raises(CheckpointLeaseError, match=r"step 20 was not saved: The lease .* was lost to .*other-host"),
+    ):
+        manager.save(20, {"a": "stale"})
+    assert read_manifest(manager.path(20)).epoch == 2
+    with pytest.raises(CheckpointLeaseError, match="was lost to"):
+        manager.save(30, {"a": "stale"})
+    assert manager.steps() == [10, 20]
+    assert not list(tmp_path.glob(".staging-*"))
+    manager.close()
+
+
+@on_ranks(2)
+def test_lost_lease_is_told_to_all_ranks_and_ends_removals_too(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep_last=1)
+    manager.save(1, {"a": 1})
+    if dist.get_rank() == 0:
+        take_over(tmp_path)
+    rankwise.barrier()
+    with pytest.raises(CheckpointLeaseError, match="was lost to") as raised:
+        manager.save(2, {"a": 2})
+    assert raised.value.on_every_rank
+    assert manager.steps() == [1]
 
 
 def test_load_from_a_directory_that_cannot_be_read_says_so(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path)
     refuse = mock.Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))
-    with mock.patch.object(commit, "find_steps", refuse), pytest.raises(CheckpointError) as raised:
+    with mock.patch.object(folder, "find_steps", refuse), pytest.raises(CheckpointError) as raised:
         manager.load({})
     assert str(raised.value).startswith("no step was loaded, because the disk refused on the main process: [Errno 13]")
 
@@ -424,7 +450,7 @@ def test_killed_at_any_moment_the_newest_step_loads_and_none_is_lost(tmp_path: P
         committed = manager.steps()
         assert committed == list(range(1, len(committed) + 1))
         for step in committed[first:]:
-            commit.verify(manager.path(step))
+            folder.verify(manager.path(step))
         newest = committed[-1]
         assert manager.read("net")["weight"].unique().tolist() == [newest]
         for rank in range(2):

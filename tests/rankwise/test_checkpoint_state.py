@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from rankwise.checkpoint.state import capture, check_fits, check_names, require_same, restore
+from rankwise.checkpoint.state import buffer_addresses, capture, check_fits, check_names, require_same, restore
 from rankwise.errors import CheckpointError, CheckpointMismatchError
 
 
@@ -20,14 +20,14 @@ class Counter:
         self.count = state["count"]
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "-x", "a b", "\u00fc", "x" * 101, "manifest", "rank-3"])
-def test_name_that_is_no_file_name_is_refused(name: str) -> None:
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "-x", "a b", "\u00fc", "x" * 101, "a.b", "\n", 3])
+def test_name_that_cannot_begin_the_names_of_tensors_is_refused(name: Any) -> None:
     with pytest.raises(CheckpointError, match="name"):
         check_names({name: 1})
 
 
 def test_ordinary_names_are_taken() -> None:
-    assert check_names({"vae": 1, "optimizer_g": 1, "net.0": 1, "ranking": 1}) is None  # type: ignore[func-returns-value]
+    assert check_names({"vae": 1, "optimizer_g": 1, "net-0": 1, "_x": 1, "manifest": 1}) is None  # type: ignore[func-returns-value]
 
 
 def test_states_are_found_at_any_depth() -> None:
@@ -127,3 +127,11 @@ def test_refusal_of_the_object_itself_names_item_and_type() -> None:
 def test_long_lists_of_names_are_cut() -> None:
     with pytest.raises(CheckpointMismatchError, match=r"lacks keys 'k0', 'k1', 'k2', 'k3', \.\.\. \(9\)"):
         require_same("keys", [f"k{i}" for i in range(9)], [], "x")
+
+
+def test_buffers_of_modules_are_found_at_any_depth_and_parameters_are_not() -> None:
+    norm, other = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(2, affine=False)
+    found = buffer_addresses({"a": {"b": [norm]}, "c": (other, torch.ones(1)), "d": 3})
+    buffers = [*norm.buffers(), *other.buffers()]
+    assert found == {buffer.data_ptr() for buffer in buffers}
+    assert len(found) == 6

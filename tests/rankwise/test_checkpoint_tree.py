@@ -8,19 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
-from rankwise.checkpoint.tree import _DTYPES, flatten, unflatten
+from rankwise.checkpoint.tree import DTYPES, find_tensors, flatten, unflatten
 from rankwise.errors import CheckpointCorruptError, CheckpointError
 
 
 def there_and_back(value: object) -> Any:
-    encoded, tensors = flatten(value, "item")
-    stored = safetensors.torch.load(safetensors.torch.save(tensors))
-    return unflatten(json.loads(json.dumps(encoded, allow_nan=False)), stored)
+    tree = flatten(value, "item")
+    return unflatten(json.loads(json.dumps(tree.encoded, allow_nan=False)), tree.tensors)
 
 
 KEYS = st.one_of(st.text(), st.integers(), st.booleans(), st.none(), st.tuples(st.integers(), st.text()))
@@ -49,30 +48,35 @@ def test_nan_and_infinities_come_back() -> None:
     assert (inf, minus) == (math.inf, -math.inf)
 
 
-@pytest.mark.parametrize("dtype", sorted(_DTYPES, key=str), ids=str)
-@pytest.mark.parametrize("shape", [(), (0, 3), (2, 3)])
-def test_tensors_of_every_type_and_shape_come_back_to_the_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    tensor = torch.randint(0, 2, shape).to(dtype)
-    (back,) = there_and_back([tensor])
-    assert (back.dtype, back.shape) == (dtype, shape)
-    assert back.contiguous().flatten().view(torch.uint8).tolist() == tensor.flatten().view(torch.uint8).tolist()
+def test_tensors_keep_their_memory_until_somebody_copies_it() -> None:
+    base = torch.nn.Parameter(torch.arange(24.0).reshape(2, 3, 4))
+    (found,) = flatten([base], "item").tensors.values()
+    assert found.data_ptr() == base.data_ptr()
+    assert not found.requires_grad
 
 
-def test_tensors_without_order_of_their_own_are_stored_by_value() -> None:
-    base = torch.arange(24.0).reshape(2, 3, 4)
-    tensors = [base.permute(2, 0, 1), base[:, 1], base[..., ::2], base.to(memory_format=torch.contiguous_format), base]
-    tensors += [base[0], base[1], base.view(-1)[3:7]]
-    tensors += [torch.zeros(1).expand(5), torch.nn.Parameter(base), torch.ones(2, dtype=torch.complex64).conj()]
-    for tensor, back in zip(tensors, there_and_back(tensors), strict=True):
-        assert torch.equal(tensor.detach().resolve_conj(), back)
-
-
-def test_tied_tensors_are_stored_once_and_are_tied_again() -> None:
+def test_tied_tensors_stand_once_with_the_other_name_as_alias_and_are_tied_again() -> None:
     weight = torch.randn(3)
-    encoded, tensors = flatten({"a": weight, "b": weight, "empty": torch.empty(0), "void": torch.empty(0)}, "item")
-    assert set(tensors) == {"a", "empty", "void"}
-    back = unflatten(encoded, tensors)
+    tree = flatten({"a": weight, "b": weight, "c": weight[:2], "empty": torch.empty(0), "void": torch.empty(0)}, "item")
+    assert set(tree.tensors) == {"item.a", "item.c", "item.empty", "item.void"}
+    assert tree.aliases == {"item.b": "item.a"}
+    back = unflatten(tree.encoded, tree.tensors)
     assert back["a"] is back["b"]
+
+
+def test_views_that_read_the_same_memory_otherwise_are_not_tied() -> None:
+    number = torch.tensor([1 + 2j], dtype=torch.complex64)
+    views = [number, number.conj(), number.imag, number.conj().imag, number.real.view(torch.int32), number.real]
+    tree = flatten(views, "item")
+    assert not tree.aliases
+    for view, back in zip(views, unflatten(tree.encoded, tree.tensors), strict=True):
+        assert torch.equal(view, back)
+
+
+def test_tensors_of_every_type_that_stands_in_a_checkpoint_are_taken() -> None:
+    for name, dtype in DTYPES.items():
+        assert str(dtype) == f"torch.{name}"
+        assert flatten(torch.empty(2, dtype=dtype), "item").tensors["item"].dtype is dtype
 
 
 def test_tensor_names_stay_apart_where_paths_collide() -> None:
@@ -81,9 +85,32 @@ def test_tensor_names_stay_apart_where_paths_collide() -> None:
     assert (back["a"]["b"], back["a.b"], back["a.b_"]) == (1, 2, 3)
 
 
-def test_modules_keep_their_names_so_that_other_programs_can_read_them() -> None:
-    _, tensors = flatten(torch.nn.Linear(2, 3).state_dict(), "net")
-    assert set(tensors) == {"weight", "bias"}
+def test_names_and_paths_are_those_of_plain_dcp() -> None:
+    net = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    state = {"net": net.state_dict(), "g": optimizer.state_dict(), "betas": [(0.1, 0.2), 3], "a": [torch.ones(1), [2]]}
+    dcp_state, dcp_paths = flatten_state_dict(state)
+    trees = {name: flatten(value, name) for name, value in state.items()}
+    assert {name for tree in trees.values() for name in (*tree.tensors, *tree.leaves)} == set(dcp_state)
+    paths = {name: path for tree in trees.values() for name, path in tree.paths.items()}
+    # The keys of a mapping that are no strings stay what they are in both.
+    assert {name: tuple(map(str, path)) for name, path in paths.items()} == {
+        name: tuple(map(str, path)) for name, path in dcp_paths.items()
+    }
+    for tree in trees.values():
+        for name, value in tree.leaves.items():
+            assert repr(value) == repr(dcp_state[name])
+
+
+def test_ways_to_tensors_have_the_keys_that_they_had() -> None:
+    value = {"state": {0: {"m": torch.ones(1)}}, "groups": [({"x": torch.ones(2)},)]}
+    tree = flatten(value, "item")
+    assert dict(find_tensors(json.loads(json.dumps(tree.encoded)))) == {
+        ("state", 0, "m"): "item.state.0.m",
+        ("groups", 0, 0, "x"): "item.groups.0.0.x",
+    }
 
 
 def test_mappings_come_back_as_dicts_in_order() -> None:
@@ -110,7 +137,7 @@ def test_mappings_come_back_as_dicts_in_order() -> None:
     ],
 )
 def test_what_cannot_be_stored_is_refused_with_its_place(value: object, kind: str) -> None:
-    with pytest.raises(CheckpointError, match=rf"state\['item'\]\['groups'\]\['0'\] is a .*{kind}"):
+    with pytest.raises(CheckpointError, match=rf"state\['item'\]\['groups'\]\[0\] is a .*{kind}"):
         flatten({"groups": [value]}, "item")
 
 
@@ -119,7 +146,14 @@ def test_tensor_as_key_is_refused() -> None:
         flatten({torch.tensor(1): 2}, "item")
 
 
-def test_tensor_that_is_missing_in_its_file_is_corruption() -> None:
-    encoded, _ = flatten({"a": torch.ones(2)}, "item")
-    with pytest.raises(CheckpointCorruptError, match="'a' is missing"):
-        unflatten(encoded, {})
+def test_class_of_tensor_that_would_come_back_as_another_is_refused() -> None:
+    class Labelled(torch.Tensor):
+        pass
+
+    with pytest.raises(CheckpointError, match=r"is a .*Labelled; only plain tensors and DTensors"):
+        flatten(torch.ones(2).as_subclass(Labelled), "item")
+
+
+def test_tensor_that_is_missing_is_corruption() -> None:
+    with pytest.raises(CheckpointCorruptError, match=r"'item.a' is missing"):
+        unflatten(flatten({"a": torch.ones(2)}, "item").encoded, {})

@@ -215,6 +215,51 @@ def test_identity_that_was_assumed_is_corrected_before_the_device_is_chosen() ->
 
 
 @on_ranks(2)
+def test_side_group_has_all_ranks_and_its_own_order(tmp_path: Path) -> None:
+    def require_own(side: dist.ProcessGroup) -> None:
+        assert side is not dist.group.WORLD
+        assert (dist.get_world_size(side), dist.get_backend(side)) == (2, "gloo")
+        # What runs in it and in the default group may start in another order on another rank.
+        rank = dist.get_rank()
+        totals = [torch.tensor([rank + 1.0]), torch.tensor([rank + 10.0])]
+        groups = [side, None]
+        for number in (0, 1) if rank == 0 else (1, 0):
+            groups[number] = dist.all_reduce(totals[number], group=groups[number], async_op=True)  # type: ignore[assignment]
+        for work in groups:
+            work.wait()  # type: ignore[union-attr]
+        assert [total.item() for total in totals] == [3.0, 21.0]
+
+    require_own(group.make_side_group())
+    meet_at_a_store()
+    with rankwise.init():
+        require_own(group.make_side_group())
+        rankwise.barrier()
+
+
+@on_ranks(2)
+def test_side_group_is_not_waited_for_where_a_rank_has_failed() -> None:
+    meet_at_a_store()
+    is_failing = os.environ["RANK"] == "1"
+    expected, message = (ValueError, "the cause") if is_failing else (RankFailedError, "first: ValueError: the cause")
+    with pytest.raises(expected, match=message), rankwise.init(timeout_seconds=50):  # noqa: PT012
+        if is_failing:
+            raise ValueError("the cause")
+        group.make_side_group()
+
+
+def test_what_waits_for_the_end_is_called_once_the_last_first_unless_it_was_taken_back() -> None:
+    called: list[tuple[str, bool]] = []
+    forget = {name: group.at_session_end(lambda failed, name=name: called.append((name, failed))) for name in "abc"}  # type: ignore[misc]
+    forget["b"]()
+    group.end_session(failed=False)
+    assert called == [("c", False), ("a", False)]
+    for each in forget.values():
+        each()  # too late, and no harm
+    group.end_session(failed=True)
+    assert len(called) == 2
+
+
+@on_ranks(2)
 def test_side_channels_never_wait_for_each_other() -> None:
     meet_at_a_store()
     with rankwise.init() as session:

@@ -95,7 +95,7 @@ with rankwise.init(timeout_seconds=60):
     assert result.stderr.count("Traceback") == 1
 
 
-@pytest.mark.parametrize("number", [0, 3])
+@pytest.mark.parametrize("number", [3, pytest.param(0, marks=pytest.mark.slow)])
 def test_of_eight_ranks_the_first_that_failed_has_the_last_word_and_once(
     number: int, script: Callable[[str], str]
 ) -> None:

@@ -19,6 +19,7 @@ import rankwise
 from rankwise import collectives
 from rankwise import session as session_module
 from rankwise.errors import RankFailedError, RankwiseError
+from rankwise.group import at_session_end
 from rankwise.testing import on_ranks
 
 
@@ -103,6 +104,30 @@ def test_signal_that_is_ignored_stays_ignored() -> None:
             assert not session.stop_requested
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@on_ranks(2)
+def test_end_is_told_while_the_ranks_can_still_talk() -> None:
+    heard: list[tuple[bool, list[int]]] = []
+    with rankwise.init() as session:
+        at_session_end(lambda failed: heard.append((failed, rankwise.gather_objects(session.identity.rank))))
+    assert heard == [(False, [0, 1])]
+
+
+def test_failing_end_is_told_to_all_who_wait_and_so_is_the_failure_of_one_of_them() -> None:
+    heard: list[tuple[str, bool]] = []
+
+    def fail(failed: bool) -> None:
+        heard.append(("failing", failed))
+        raise ValueError("at the end")
+
+    with pytest.raises(ValueError, match="of the body"), rankwise.init(device_type="cpu"):  # noqa: PT012
+        at_session_end(lambda failed: heard.append(("first", failed)))
+        raise ValueError("of the body")
+    with pytest.raises(ValueError, match="at the end"), rankwise.init(device_type="cpu"):  # noqa: PT012
+        at_session_end(lambda failed: heard.append(("second", failed)))
+        at_session_end(fail)
+    assert heard == [("first", True), ("failing", False), ("second", True)]
 
 
 def test_run_directory_may_be_a_string(tmp_path: Path) -> None:

@@ -259,6 +259,25 @@ def test_wait_ends_when_a_rank_has_failed() -> None:
         waits.wait_for(lambda: False, "test")
 
 
+def test_first_failure_of_another_is_raised_and_waited_for_a_moment_where_one_is_due() -> None:
+    Link().raise_first_failure(within_seconds=30.0)  # nobody to hear it from
+    waits, heard = Link(identity_of(0), store=HashStore()), threading.Event()
+    line = SimpleNamespace(first_failure=None, heard=heard)
+    waits.lifeline = line  # type: ignore[assignment]
+    waits.raise_first_failure()
+    waits.raise_first_failure(within_seconds=0.05)
+
+    def tell() -> None:
+        line.first_failure = RankFailure(2, "there", "ValueError", "wrong")
+        heard.set()
+
+    threading.Timer(0.1, tell).start()
+    with pytest.raises(RankFailedError, match=r"rank 2 \(there\) failed first: ValueError: wrong"):
+        waits.raise_first_failure(within_seconds=30.0)
+    with pytest.raises(RankFailedError, match="failed first"):
+        waits.raise_first_failure()
+
+
 def told_while_waiting(world_size: int, told: dict[int, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> str:
     """What a wait says at its end if the ranks have said that."""
     monkeypatch.setattr(waiting.dist, "get_world_size", lambda: world_size)

@@ -1,291 +1,503 @@
-"""`CheckpointManager`: a training state on disk, all of it or nothing."""
+"""`CheckpointManager`: training states on disk, each all there or not at all."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
+import hashlib
+import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for_futures
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch.distributed as dist
 
 from rankwise import collectives, logs
-from rankwise.checkpoint import commit
-from rankwise.checkpoint.state import PerRank, capture, check_fits, check_names, require_same, restore
-from rankwise.errors import (
-    CheckpointCorruptError,
-    CheckpointError,
-    CheckpointMismatchError,
-    CheckpointNotFoundError,
-    RankFailure,
-)
-from rankwise.files import fsync_directory
+from rankwise.checkpoint import loading
+from rankwise.checkpoint.background import Worker
+from rankwise.checkpoint.folder import step_name
+from rankwise.checkpoint.lease import Lease
+from rankwise.checkpoint.local import Committed, LocalFolder
+from rankwise.checkpoint.manifest import MANIFEST
+from rankwise.checkpoint.places import give_back_lease, open_folder, share_lease
+from rankwise.checkpoint.remote_lease import RemoteLease
+from rankwise.checkpoint.saving import Saver, take_snapshot
+from rankwise.checkpoint.staging import Arena, in_host_memory
+from rankwise.checkpoint.together import Assembly
+from rankwise.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
+from rankwise.group import at_session_end, make_side_group
+from rankwise.waiting import FIRST_FAILURE_SECONDS, link
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
+FAILED_END_SECONDS = 10.0
+"""How long a program that ends with an error waits for a save that is under way."""
+
+SLOW_SECONDS = 60.0
+"""After how long a wait for a save is told, again and again."""
+
+MIN_LEASE_TIMEOUT_SECONDS = 10.0
+
 _logger = logs.get_logger(__name__)
-
-_KINDS: dict[str, type[CheckpointError]] = {
-    kind.__name__: kind
-    for kind in (CheckpointNotFoundError, CheckpointCorruptError, CheckpointMismatchError, CheckpointError)
-}
-
-
-@dataclass
-class _Share:
-    """What one rank tells the others of its part in a save. Only plain values: all of it must pickle."""
-
-    step: str = ""
-    items: dict[str, bool] = field(default_factory=dict)
-    """By name, whether the item is `PerRank`."""
-    files: dict[str, commit.FileRecord] = field(default_factory=dict)
-    failure: RankFailure | None = None
 
 
 class CheckpointManager:
     """Saves and loads training states in one directory, a step at a time.
 
     Args:
-        directory: shared by all ranks; made by the first save.
+        directory: shared by all ranks, made by the first save; or a URL of fsspec (s3://bucket/run), see
+            `RemoteFolder` for what holds there.
+        keep_last: how many of the newest steps to keep; None keeps all. Older ones go when a newer one is durable.
+        keep_every: besides, keep the steps that are multiples of this.
+        async_save: `save` returns when this rank's part is copied to host memory; threads write it.
+        max_pending: how many such copies there may be. A `save` that would make one more waits for the oldest.
+        on_failure: "raise" the error of a save on every rank (an asynchronous one's at the next `save`, `wait` or
+            `close`), or "warn" and go on training.
+        config: what the states belong to, as JSON; its digest stands in the manifest, and a load from a step of
+            another config says so in the log.
+        cache_dir: for URLs, a local folder of what is on its way and of what was fetched. Ranks of one host that share
+            it fetch each file once. None takes a temporary one for each process.
+        lease_timeout_seconds: how long the heartbeat of another host's job must be silent for it to count as dead.
+    Raises:
+        CheckpointError: an argument is out of range, or the URL cannot be opened.
+    Ranks: local; the same arguments on every rank.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = Path(directory)
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        async_save: bool = False,
+        max_pending: int = 1,
+        on_failure: Literal["raise", "warn"] = "raise",
+        config: Mapping[str, object] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        lease_timeout_seconds: float = 60.0,
+    ) -> None:
+        for name, value in (("keep_last", keep_last), ("keep_every", keep_every), ("max_pending", max_pending)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise CheckpointError(f"{name} is a whole number from 1 on, not {value!r}.")
+        if on_failure not in ("raise", "warn"):
+            raise CheckpointError(f"on_failure is 'raise' or 'warn', not {on_failure!r}.")
+        if not lease_timeout_seconds >= MIN_LEASE_TIMEOUT_SECONDS:
+            raise CheckpointError(
+                f"lease_timeout_seconds is {MIN_LEASE_TIMEOUT_SECONDS:g} or more, not {lease_timeout_seconds!r}: "
+                "a living job would be judged dead."
+            )
+        self._folder = open_folder(directory, cache_dir)
+        self._keep_last = keep_last
+        self._keep_every = keep_every
+        self._async_save = async_save
+        self._max_pending = max_pending
+        self._on_failure = on_failure
+        self._config_digest = _digest(config)
+        self._lease_timeout_seconds = lease_timeout_seconds
+        self._lease: Lease | RemoteLease | None = None
+        self._saver: Saver | None = None
+        self._worker: Worker | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._pending: deque[tuple[int, Future[None], Arena]] = deque()
+        self._arenas: list[Arena] = []
+        self._loaded_step: int | None = None
+        self._pid = os.getpid()
+        self._forget_end: Callable[[], None] = lambda: None
 
-    def steps(self) -> list[int]:
-        """The steps that can be loaded, ascending.
+    def __enter__(self) -> CheckpointManager:
+        return self
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None or (isinstance(error, SystemExit) and error.code in (0, None)):
+            self.close()
+        else:
+            self._end(failed=True)
+
+    @property
+    def directory(self) -> Path:
+        """Where the steps lie.
+
+        Raises:
+            CheckpointError: behind a URL.
         Ranks: local.
         """
-        return commit.find_steps(self.directory)
+        if isinstance(self._folder, LocalFolder):
+            return self._folder.directory
+        raise CheckpointError(
+            f"{self._folder.location} is no directory here. Get an item with `read`, or copy the step with the tools "
+            "of its store."
+        )
 
-    def latest(self) -> int | None:
-        """The newest step that can be loaded, None when there is none.
+    def steps(self) -> list[int]:
+        """The steps that can be loaded, the newest last.
+
+        Newest is what the job that took the lease last has saved; among its own steps, the one of the highest number.
 
         Ranks: local; while a save runs, ranks may see different ones.
         """
-        return max(self.steps(), default=None)
+        return [found.step for found in self._folder.find()]
+
+    def latest(self, *, verified: bool = False) -> int | None:
+        """The newest step that can be loaded, None when there is none.
+
+        Args:
+            verified: compare every file with its checksum, and pass over damaged steps, saying so loudly.
+        Raises:
+            CheckpointCorruptError: with `verified`, where every step there is is damaged.
+        Ranks: local; while a save runs, ranks may see different ones.
+        """
+        steps = self._folder.find()
+        if not verified:
+            return steps[-1].step if steps else None
+        for found in reversed(steps):
+            try:
+                self._folder.verify(found)
+                return found.step
+            except CheckpointCorruptError as error:
+                if found == steps[0]:
+                    raise
+                _say_passed_over(error)
+        return None
 
     def path(self, step: int) -> Path:
         """Where a step lies, or would lie.
 
+        Raises:
+            CheckpointError: behind a URL.
         Ranks: local.
         """
-        return self.directory / commit.step_name(step)
+        return self.directory / step_name(step)
+
+    def acquire(self) -> None:
+        """Become the one job that writes here; the first `save` does it otherwise. `close` gives it back.
+
+        Raises:
+            CheckpointLeaseError: another job writes here; says who, where and since when.
+            CheckpointError: the directory cannot be written.
+        Ranks: every rank must call.
+        """
+        if self._saver is not None:
+            return
+        # Nobody writes in the background before all know that this job may.
+        epoch = _on_main("no checkpoint can be saved", self._take_lease)
+        self._group = make_side_group() if dist.is_initialized() and dist.get_world_size() > 1 else None
+        self._saver = Saver(
+            self._folder,
+            Assembly(self._group),
+            # The lease's own: once it is given back, a save that is still under way must be refused.
+            self._lease.check if self._lease is not None else lambda: None,
+            epoch,
+            self._keep_last,
+            self._keep_every,
+            self._config_digest,
+        )
+        self._saver.loaded_step = self._loaded_step
+        self._worker = Worker("rankwise-checkpoint")
+        self._pid = os.getpid()
+        self._forget_end = _at_end(self)
 
     def save(self, step: int, state: Mapping[str, object]) -> None:
-        """Store `state` as `step`: on return it is whole and durable, or every rank raises.
+        """Store `state` as `step`.
 
-        Other steps are never touched. A step that is there whole already stays as it is, with a warning; a broken one
-        is moved aside.
+        A synchronous save returns when the step is whole and durable, or every rank raises. An asynchronous one
+        returns with a copy in host memory, and the step appears later. Other steps are never touched but by
+        `keep_last`. A step that is there whole already stays as it is, with a warning; a broken one is moved aside.
 
         Args:
-            state: by name, anything with `state_dict` and `load_state_dict`, tensors, plain values and nested
-                dicts, lists and tuples of these. The main process stores an item for all ranks; every rank
-                stores its own of what is wrapped in `PerRank`.
+            state: by name, anything with `state_dict` and `load_state_dict`, tensors (DTensors too), plain values and
+                nested dicts, lists and tuples of these. What is equal on all ranks is written once, spread over them;
+                every rank stores its own of what is wrapped in `PerRank`.
         Raises:
             CheckpointError: a rank could not write its part, or ranks save different things; names rank and cause.
                 There is no such step then, but for one case: where the disk refused only to confirm the name of the
-                finished step, it is there, and the message says so.
-        Ranks: every rank must call, with the same step and names. `state_dict` of an item that is not `PerRank`
-            is called on the main process alone.
+                finished step, it is there, and the message says so. Also an earlier asynchronous save's error.
+            CheckpointLeaseError: another job writes here, or has taken over.
+            RankFailedError, MissingRanksError: another rank failed or left meanwhile.
+        Ranks: every rank must call, with the same step and names.
         """
-        what = f"step {step} was not saved"
-        staging = _on_main(what, self._begin, step, state)
-        share = _Share()
-        error: Exception | None = None
+        self.acquire()
+        # Here, where those that do not come are named; in the background nobody would be waited for in vain.
+        collectives.barrier("save of a checkpoint")
+        saver, worker = self._saver, self._worker
+        assert saver is not None, "acquire makes it"
+        assert worker is not None, "acquire makes it"
+        while len(self._pending) >= self._max_pending:
+            self._finish_oldest()
+        arena = self._arenas.pop() if self._arenas else Arena()
+        snapshot = take_snapshot(step, state, arena.copy if self._async_save else in_host_memory)
+        self._pending.append((step, worker.submit(lambda: saver.save(snapshot)), arena))
+        if not self._async_save:
+            try:
+                self._finish_oldest()
+            except BaseException:
+                snapshot.is_abandoned = True  # the state is no copy, and from here on it may change
+                raise
+
+    def wait(self) -> None:
+        """Wait until every save is durable.
+
+        Raises:
+            CheckpointError: one of them failed; on every rank.
+        Ranks: every rank must call.
+        """
+        first: CheckpointError | None = None
+        while self._pending:
+            try:
+                self._finish_oldest()
+            except CheckpointError as error:
+                if first is not None:
+                    _logger.error("%s", error, ranks="main")
+                first = first or error
         try:
-            check_names(state)
-            share.step = repr(step)
-            share.items = {name: isinstance(item, PerRank) for name, item in state.items()}
-            if staging is not None:
-                share.files = _write_share(staging, state)
-        except Exception as raised:
-            error = raised
-            share.failure = collectives.describe(raised)
-        shares = collectives.gather_objects(share)
-        failures = [share.failure for share in shares if share.failure is not None]
-        reason = _tell(what, failures) if failures else _disagreement(what, shares)
-        if reason:
-            _on_main(what, _discard, staging)
-            raise _together(CheckpointError(reason)) from error
-        if staging is None:
-            return
-        manifest = commit.Manifest(
-            step=step,
-            world_size=len(shares),
-            shared_items=tuple(name for name, per_rank in share.items.items() if not per_rank),
-            per_rank_items=tuple(name for name, per_rank in share.items.items() if per_rank),
-            files={name: record for share in shares for name, record in share.files.items()},
-        )
-        _on_main(what, _commit, staging, manifest)
+            if first is not None:
+                raise first
+        finally:
+            del first  # or its traceback would hold itself, and with it the group and its threads
+
+    def close(self) -> None:
+        """Wait for the saves that are under way, and let other jobs write here. A later `save` begins anew.
+
+        The end of a session, and of the program, does it too.
+
+        Raises:
+            CheckpointError: the last save failed; on every rank.
+        Ranks: every rank must call.
+        """
+        try:
+            self.wait()
+        except CheckpointError:  # told by all ranks, so nothing is under way any more
+            self._end(failed=False)
+            raise
+        except BaseException:
+            self._end(failed=True)
+            raise
+        self._end(failed=False)
 
     def load(self, state: Mapping[str, object], step: int | Literal["latest"] = "latest") -> int | None:
         """Bring the saved state back into the objects and tensors of `state`.
 
-        Plain values in `state` are only compared by name: get them with `read`.
+        Saves that are under way are waited for first: "latest" may be one of them. Every file of the step is then
+        compared with its checksum. Where the newest step is damaged, that is said loudly and the newest whole one is
+        loaded. Plain values in `state` are only compared by name: get them with `read`. The number of ranks may be
+        another than at the save, unless there are `PerRank` items that do not say how to share them out anew.
 
         Returns:
             The step that was loaded; None when "latest" was asked for and there is none.
         Raises:
+            CheckpointError: an earlier asynchronous save failed; `state` is untouched.
             CheckpointNotFoundError: there is no such step.
-            CheckpointCorruptError: a file is missing or damaged; `state` is untouched.
+            CheckpointCorruptError: a file is missing or damaged, for "latest" in every step there is; `state` is
+                untouched.
             CheckpointMismatchError: saved with other items, keys, shapes, types or number of ranks; `state` is
                 untouched on all ranks, unless it was an object's own `load_state_dict` that refused: the message
                 then tells that `state` is partly loaded.
         Ranks: every rank must call; if it fails on one, it fails on all.
         """
-        chosen = _on_main("no step was loaded", self._choose, step)
-        if chosen is None:
-            return None
-        # Every rank has read and compared all of its items before any rank changes anything.
-        with _voting(f"step {chosen} was not loaded"):
-            saved = self._read_share(chosen, state)
-        with _voting(f"step {chosen} was loaded in part at most, so this state must not be used"):
-            for name, item in state.items():
-                restore(_target(item), saved.pop(name), self._where(name, chosen))
-        return chosen
+        self.wait()
+        candidates = _on_main("no step was loaded", self._candidates, step)
+        newest = _on_main("no step was loaded", self.latest)
+        for candidate in candidates:
+            try:
+                loading.verify_together(self._folder, candidate)
+                loading.load_together(self._folder, candidate, state)
+            except CheckpointCorruptError as error:
+                if step != "latest" or candidate == candidates[-1]:
+                    raise
+                _say_passed_over(error)
+            else:
+                _logger.info("loaded %s", self._folder.describe(candidate), ranks="main")
+                self._compare_config(candidate)
+                self._loaded_step = candidate.step
+                if self._saver is not None and candidate.step != newest:
+                    self.close()  # what is saved from here on is newer than what was left behind, and has a new lease
+                if self._saver is not None:
+                    self._saver.loaded_step = candidate.step
+                return candidate.step
+        if isinstance(self._folder, LocalFolder) and LocalFolder(self.directory / "checkpoints").find():
+            _logger.warning("there is no step in %s, but in its folder checkpoints", self.directory, ranks="main")
+        return None
 
     def read(self, name: str, step: int | Literal["latest"] = "latest", *, rank: int | None = None) -> Any:
-        """One item as plain tree of tensors (on the CPU) and values, without touching the others.
+        """One item as plain tree of tensors (whole, on the CPU) and values, without touching the others.
 
         Args:
             rank: whose item, for what was saved as `PerRank`.
         Raises:
             CheckpointNotFoundError: there is no such step or item.
-            CheckpointCorruptError: a file of it is missing or damaged.
+            CheckpointCorruptError: what is read of it is missing or damaged.
         Ranks: local.
         """
-        chosen = self._choose(step)
-        if chosen is None:
-            raise CheckpointNotFoundError(f"there is no checkpoint in {self.directory}.")
-        manifest = commit.read_manifest(self.path(chosen))
-        if name in manifest.shared_items and rank is None:
-            return commit.read_item(self.path(chosen), manifest, name)
-        if name in manifest.per_rank_items and rank is not None and 0 <= rank < manifest.world_size:
-            return commit.read_item(self.path(chosen), manifest, name, commit.rank_folder(rank))
-        raise CheckpointNotFoundError(
-            f"{self.path(chosen)} has no item {name!r}{'' if rank is None else f' of rank {rank}'}. "
-            f"It holds {', '.join(manifest.shared_items) or 'nothing shared'}; for each of its "
-            f"{manifest.world_size} ranks {', '.join(manifest.per_rank_items) or 'nothing'}."
-        )
+        candidates = self._candidates(step)
+        if not candidates:
+            raise CheckpointNotFoundError(f"there is no checkpoint in {self._folder.location}.")
+        return loading.read_item(self._folder.open(candidates[0]), name, rank)
 
-    def _choose(self, step: int | Literal["latest"]) -> int | None:
+    def verify(self, step: int | Literal["latest"] = "latest") -> None:
+        """Compare every file of a step with its checksum.
+
+        Raises:
+            CheckpointNotFoundError: there is no such step.
+            CheckpointCorruptError: names the first file that is missing or damaged.
+        Ranks: local.
+        """
+        candidates = self._candidates(step)
+        if not candidates:
+            raise CheckpointNotFoundError(f"there is no checkpoint in {self._folder.location}.")
+        self._folder.verify(candidates[0])
+
+    def _candidates(self, step: int | Literal["latest"]) -> list[Committed]:
+        """The steps to try, in this order."""
+        if step != "latest" and type(step) is not int:
+            raise CheckpointNotFoundError(f"a step is a whole number or 'latest', not {step!r}.")
+        steps = self._folder.find()
+        lost = self._folder.find_lost() if isinstance(self._folder, LocalFolder) else []
         if step == "latest":
-            return self.latest()
-        if step not in self.steps():
-            there = ", ".join(str(found) for found in self.steps()[-8:]) or "none"
-            raise CheckpointNotFoundError(f"there is no step {step} in {self.directory}. There is: {there}.")
-        return step
+            if lost and not steps:
+                raise _is_lost(lost[-1])
+            for path in lost:
+                _say_passed_over(_is_lost(path))
+            return steps[::-1]
+        asked = [found for found in steps if found.step == step]
+        for path in lost:
+            if path.name == step_name(step):
+                raise _is_lost(path)
+        if not asked:
+            there = ", ".join(str(found.step) for found in steps[-8:]) or "none"
+            raise CheckpointNotFoundError(f"there is no step {step} in {self._folder.location}. There is: {there}.")
+        return asked
 
-    def _begin(self, step: int, state: Mapping[str, object]) -> Path | None:
-        """Where to write the step; None where it is there and whole."""
-        check_names(state)
-        if type(step) is not int or step < 0:
-            raise CheckpointError(f"a step is a whole number from 0 on, not {step!r}.")
-        if self.path(step).exists():
-            try:
-                commit.verify(self.path(step))
-            except CheckpointError as error:
-                aside = commit.move_aside(self.directory, step)
-                _logger.warning("step %d was broken (%s) and now lies in %s", step, error, aside)
-            else:
-                fsync_directory(self.directory)  # the save that made it may have failed at just this
-                _logger.warning("%s is there and whole, so step %d was not saved again", self.path(step), step)
-                return None
-        return commit.make_staging(self.directory, step)
+    def _compare_config(self, found: Committed) -> None:
+        if not self._config_digest:
+            return
+        with contextlib.suppress(CheckpointError):
+            saved = self._folder.open(found).manifest.config_digest
+            if saved and saved != self._config_digest:
+                _logger.info("%s was saved with another config", self._folder.describe(found), ranks="main")
 
-    def _where(self, name: str, step: int) -> str:
-        return f"item {name!r} of {self.path(step)}"
+    def _take_lease(self) -> int:
+        self._lease = share_lease(self._folder, self._lease_timeout_seconds)
+        return self._lease.epoch
 
-    def _read_share(self, step: int, state: Mapping[str, object]) -> dict[str, Any]:
-        """What is saved for this rank, by name, after it was found to fit into `state`."""
-        directory = self.path(step)
-        manifest = commit.read_manifest(directory)
-        rank, world_size = _rank_and_world_size()
-        mine = [name for name, item in state.items() if isinstance(item, PerRank)]
-        shared = [name for name in state if name not in mine]
-        require_same("items", shared, manifest.shared_items, str(directory))
-        require_same("items of each rank", mine, manifest.per_rank_items, str(directory))
-        if mine and manifest.world_size != world_size:
-            raise CheckpointMismatchError(
-                f"{directory} was saved by {manifest.world_size} ranks and is loaded by {world_size}, and "
-                f"{', '.join(mine)} belong to single ranks. Resume with {manifest.world_size} ranks."
-            )
-        saved: dict[str, Any] = {}
-        for name, item in state.items():
-            folder = commit.rank_folder(rank) if isinstance(item, PerRank) else ""
-            saved[name] = commit.read_item(directory, manifest, name, folder)
-            check_fits(_target(item), saved[name], self._where(name, step))
-        return saved
+    def _finish_oldest(self) -> None:
+        """Wait for the oldest save, and raise or tell its error: the same on every rank."""
+        _, future, arena = self._pending[0]
+        try:
+            _wait_with_others(future)
+        except CheckpointError as error:
+            if self._on_failure == "raise":
+                raise
+            _logger.error("%s Training goes on.", error, ranks="main")
+        finally:
+            if future.done():  # not so where the wait was interrupted: then it can still be waited for
+                self._pending.popleft()
+                self._arenas.append(arena)
+            del future  # as in `wait`
 
-
-def _write_share(staging: Path, state: Mapping[str, object]) -> dict[str, commit.FileRecord]:
-    """Write what this rank has to store; a record per file, by path within the step's directory."""
-    rank, _ = _rank_and_world_size()
-    files: dict[str, commit.FileRecord] = {}
-    own = {name: item.item for name, item in state.items() if isinstance(item, PerRank)}
-    if own:
-        folder = staging / commit.rank_folder(rank)
-        folder.mkdir()
-        for name, item in own.items():
-            for file, record in commit.write_item(folder, name, capture(item)).items():
-                files[f"{folder.name}/{file}"] = record
-        fsync_directory(folder)
-    if rank == 0:
-        for name, item in state.items():
-            if name not in own:
-                files |= commit.write_item(staging, name, capture(item))
-    return files  # the names in `staging` become durable with the manifest's
-
-
-def _commit(staging: Path, manifest: commit.Manifest) -> None:
-    try:
-        commit.commit(staging, manifest)
-    except BaseException:
-        _discard(staging)
-        raise
+    def _end(self, *, failed: bool) -> None:
+        """Wait for what is under way, briefly if others may be gone, and give back the lease."""
+        if os.getpid() != self._pid:
+            return  # a fork has neither the threads that write nor a part in the group
+        self._forget_end()
+        try:
+            if not failed:
+                self.wait()
+            begin = time.monotonic()
+            for step, future, _ in self._pending:
+                try:
+                    future.result(max(0.0, FAILED_END_SECONDS - (time.monotonic() - begin)))
+                except Exception as error:
+                    _logger.error("the program ends, and %s", str(error) or f"step {step} is not saved yet")
+        finally:
+            is_quiet = all(future.done() for _, future, _ in self._pending)
+            self._pending.clear()
+            if self._worker is not None:
+                self._worker.close()
+            if self._lease is not None:
+                give_back_lease(self._lease)
+            if self._group is not None and is_quiet:
+                with contextlib.suppress(RuntimeError, ValueError, AssertionError):  # gone with the session's own
+                    dist.destroy_process_group(self._group)
+            self._lease = self._saver = self._worker = self._group = None
 
 
-def _discard(staging: Path | None) -> None:
-    if staging is not None:
-        shutil.rmtree(staging, ignore_errors=True)
+def _wait_with_others(future: Future[None]) -> None:
+    """Wait for a save; where another rank fails first, that is what is raised."""
+    begin, num_told = time.monotonic(), 0
+    while True:
+        if not wait_for_futures([future], 0.1).done:
+            link().raise_first_failure()
+            if time.monotonic() - begin > (num_told + 1) * SLOW_SECONDS:
+                num_told += 1
+                _logger.warning("training has waited %d s for a checkpoint to be written", time.monotonic() - begin)
+            continue
+        try:
+            return future.result()
+        except CheckpointError as error:
+            if "lost each other" in str(error):
+                link().raise_first_failure(within_seconds=FIRST_FAILURE_SECONDS)
+            raise
+        finally:
+            del future  # or the error would hold itself
 
 
-def _disagreement(what: str, shares: list[_Share]) -> str:
-    """A message that names the first rank that saves something else than rank 0; empty where all save the same."""
-    first = shares[0]
-    for rank, share in enumerate(shares):
-        if share.step != first.step:
-            return (
-                f"{what}: rank {rank} saves step {share.step}, rank 0 step {first.step}. "
-                "Save the same step on every rank."
-            )
-        if share.items != first.items:
-            pairs = sorted(share.items.items() ^ first.items.items())
-            names = ", ".join(dict.fromkeys(name for name, _ in pairs))
-            return (
-                f"{what}: rank {rank} and rank 0 save different items ({names}). "
-                "Save the same names on every rank, each in `PerRank` on all of them or on none."
-            )
-    return ""
+def _is_lost(step_directory: Path) -> CheckpointCorruptError:
+    return CheckpointCorruptError(
+        f"{step_directory / MANIFEST} is missing, and with it what tells whether the step is whole. Load another step "
+        "(step=NUMBER), or move this one away."
+    )
 
 
-def _target(item: object) -> object:
-    return item.item if isinstance(item, PerRank) else item
+def _say_passed_over(error: CheckpointCorruptError) -> None:
+    _logger.error("%s Going on to an older step: what came after it is lost.", error, ranks="main")
 
 
-def _rank_and_world_size() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def _at_end(manager: CheckpointManager) -> Callable[[], None]:
+    """Have the manager ended with the session, or with the program; returns what takes that back.
+
+    Until then it lives: the program may have dropped it while a save is under way.
+    """
+
+    is_ended = False
+
+    def end_with_program() -> None:
+        nonlocal is_ended
+        if is_ended:
+            return
+        is_ended = True
+        # Set where an uncaught exception ends a script; at a prompt it tells of some earlier one.
+        manager._end(failed=getattr(sys, "last_value", None) is not None and not hasattr(sys, "ps1"))
+
+    forget = at_session_end(lambda failed: manager._end(failed=failed))
+    atexit.register(end_with_program)
+    if not isinstance(manager._folder, LocalFolder):
+        # What talks to stores needs threads that Python ends before `atexit` is asked, and there is no public way then.
+        getattr(threading, "_register_atexit", atexit.register)(end_with_program)
+
+    def take_back() -> None:
+        nonlocal is_ended
+        is_ended = True
+        forget()
+        atexit.unregister(end_with_program)
+
+    return take_back
 
 
 def _on_main(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """`on_main_process`; what the disk refuses is a `CheckpointError` on every rank, which begins with `what`."""
 
+    @functools.wraps(function)  # its name stands in what is told of ranks that do not come
     def attempt() -> T:
         try:
             return function(*args, **kwargs)
@@ -295,39 +507,11 @@ def _on_main(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwa
     return collectives.on_main_process(attempt)
 
 
-@contextlib.contextmanager
-def _voting(what: str) -> Iterator[None]:
-    """Where the block fails on any rank, an error that begins with `what` on every rank.
-
-    Ranks: every rank must enter; each waits at the end for the others.
-    """
-    error: Exception | None = None
+def _digest(config: Mapping[str, object] | None) -> str:
+    if config is None:
+        return ""
     try:
-        yield
-    except Exception as raised:
-        error = raised
-    # By name: a class that a library or a user made may not pickle, and the other ranks would wait for ever.
-    rows = collectives.gather_objects(None if error is None else (_kind_name(error), collectives.describe(error)))
-    failures = [row for row in rows if row is not None]
-    if failures:
-        kind = _KINDS[failures[0][0]]
-        raise _together(kind(_tell(what, [failure for _, failure in failures]))) from error
-
-
-def _kind_name(error: Exception) -> str:
-    return next((kind.__name__ for kind in type(error).__mro__ if kind in _KINDS.values()), CheckpointError.__name__)
-
-
-def _together(error: CheckpointError) -> CheckpointError:
-    error.on_every_rank = True
-    return error
-
-
-def _tell(what: str, failures: list[RankFailure]) -> str:
-    first = failures[0]
-    # A failure without traceback is one of ours, whose message says enough.
-    cause = f"{first.error_type}: {first.message}" if first.traceback else first.message
-    is_everywhere = len(failures) == _rank_and_world_size()[1]
-    if is_everywhere and all(failure.message == first.message for failure in failures):
-        return f"{what}: {cause}"
-    return f"{what}, because of rank {first.rank} ({first.host}): {cause}"
+        content = json.dumps(config, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"config is not JSON: {error}. Give plain values and dicts of them.") from error
+    return hashlib.sha256(content.encode()).hexdigest()

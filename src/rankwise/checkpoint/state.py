@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from rankwise.errors import CheckpointError, CheckpointMismatchError
 
-_ITEM_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+_ITEM_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
 _NUM_KEYS_SHOWN = 4
 _ADVICE = "Resume with the settings that it was saved with."
 
@@ -27,27 +28,34 @@ class Stateful(Protocol):
 class PerRank:
     """Marks an item that every rank stores for itself, such as random states and places in the data.
 
-    What is not marked is taken to be equal on all ranks and stored once, by the main process.
+    What is not marked is taken to be equal on all ranks, or sharded (DTensor), and stored once.
 
+    Args:
+        redistribute: where the number of ranks has changed, called with what each of the old ranks saved (in their
+            order), this rank and the number of ranks now; returns what this rank loads. Without it such a load is
+            refused.
     Ranks: local; the same items are marked on every rank.
     """
 
-    def __init__(self, item: object) -> None:
+    def __init__(self, item: object, redistribute: Callable[[list[Any], int, int], Any] | None = None) -> None:
         self.item = item
+        self.redistribute = redistribute
 
 
 def check_names(state: Mapping[str, object]) -> None:
-    """Raise `CheckpointError` unless every item's name can be a file's name.
+    """Raise `CheckpointError` unless every item's name can begin the names of what is in it.
 
     Ranks: local.
     """
+    if not isinstance(state, Mapping):
+        raise CheckpointError(
+            f"a state is a mapping of items by name, not a {type(state).__name__}. Give {{'model': ...}}."
+        )
     for name in state:
         if not isinstance(name, str) or not _ITEM_NAME.fullmatch(name):
             raise CheckpointError(
-                f"an item of a checkpoint cannot be named {name!r}. Use letters, digits, '_', '.' and '-'."
+                f"an item of a checkpoint cannot be named {name!r}. Use letters, digits, '_' and '-'."
             )
-        if name == "manifest" or name.startswith("rank-"):
-            raise CheckpointError(f"the name {name!r} is the checkpoint's own. Name the item otherwise.")
 
 
 def capture(value: object) -> Any:
@@ -62,6 +70,20 @@ def capture(value: object) -> Any:
     if type(value) in (list, tuple):
         return type(value)(capture(item) for item in value)  # type: ignore[attr-defined,call-arg]
     return value
+
+
+def buffer_addresses(value: object) -> set[int]:
+    """Where the memory of all buffers lies that modules in `value` have: the tensors of their states share it.
+
+    Ranks: local.
+    """
+    if isinstance(value, torch.nn.Module):
+        return {buffer.data_ptr() for buffer in value.buffers() if buffer.numel() and not isinstance(buffer, DTensor)}
+    if isinstance(value, Mapping) and not isinstance(value, Stateful):
+        return {address for item in value.values() for address in buffer_addresses(item)}
+    if type(value) in (list, tuple):
+        return {address for item in value for address in buffer_addresses(item)}  # type: ignore[attr-defined]
+    return set()
 
 
 def check_fits(target: object, saved: Any, where: str) -> None:
@@ -192,3 +214,32 @@ def _kind(value: object) -> str:
 def _some(names: Sequence[Hashable]) -> str:
     shown = ", ".join(repr(name) for name in names[:_NUM_KEYS_SHOWN])
     return f"{shown}, ... ({len(names)})" if len(names) > _NUM_KEYS_SHOWN else shown
+
+
+def sharded_targets(target: object) -> dict[tuple[Any, ...], DTensor]:
+    """Where the tensors of `target` are distributed, by the way to them: so are those that are loaded into it.
+
+    An optimizer that has made no step yet has no state to look at; what has the shape of a parameter will be
+    distributed as that is.
+
+    Ranks: local, unless the `state_dict` of what is in there says otherwise.
+    """
+    found: dict[tuple[Any, ...], DTensor] = {}
+
+    def look(value: object, path: tuple[Any, ...]) -> None:
+        if isinstance(value, DTensor):
+            found[path] = value
+        elif isinstance(value, torch.optim.Optimizer):
+            parameters = [each for group in value.param_groups for each in group["params"]]
+            found.update({(*path, "state", i): each for i, each in enumerate(parameters) if isinstance(each, DTensor)})
+        elif isinstance(value, Stateful):
+            look(value.state_dict(), path)
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                look(item, (*path, key))
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                look(item, (*path, index))
+
+    look(target, ())
+    return found
