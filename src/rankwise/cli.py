@@ -1,4 +1,4 @@
-"""The `rankwise` command: `run`, `whoami`, `doctor`, `logs`, `env`."""
+"""The `rankwise` command: `run`, `whoami`, `doctor`, `logs`, `ckpt`, `env`."""
 
 import importlib
 import sys
@@ -14,11 +14,19 @@ run      start a script on several processes of this node (or, with torchrun's -
 whoami   what this process is, and which variable says so; run it under your launcher:  srun rankwise whoami
 doctor   look for trouble before the job starts, on all ranks together:  srun rankwise doctor
 logs     the records of all ranks by time, equal lines as one:  rankwise logs RUN --level warning --follow
+ckpt     look at checkpoints, verify, compare, prune, convert them:  rankwise ckpt ls|verify|diff|prune|convert RUN
 env      print a ready job file for a command:  rankwise env slurm|kubernetes|ray [options] -- COMMAND
 
 rankwise VERB --help tells a verb's options; rankwise --version the version."""
 
-_VERBS = {"run": "launch", "whoami": "whoami", "doctor": "doctor", "env": "jobfiles", "logs": "logreader"}
+_VERBS = {
+    "run": "launch",
+    "whoami": "whoami",
+    "doctor": "doctor",
+    "logs": "logreader",
+    "ckpt": "ckpt",
+    "env": "jobfiles",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
