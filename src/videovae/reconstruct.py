@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from rankwise.checkpoint import CheckpointManager
 from videovae.data.video import VideoInfo, check_writable, iter_frames, probe, to_model_range, to_pixels, write_video
 from videovae.errors import DataError, WeightsError
+from videovae.models.folder import holds_weights
 from videovae.models.pretrained import load
 from videovae.models.wfvae import WFVAEModel
 from videovae.models.wfvae_config import WFVAEConfig
@@ -40,6 +41,8 @@ def load_model(path: Path, weights: Weights = "ema") -> tuple[WFVAEModel, Path]:
     """
     if not path.exists():
         raise WeightsError(f"{path} does not exist. Give a run folder, one of its checkpoints, or an exported folder.")
+    if path.is_file():
+        raise WeightsError(f"{path} is a file. Import it first, with `videovae import {path} DIR`, and give DIR.")
     if is_exported(path):
         return load(path).eval(), path
     directory, step = find_checkpoint(path)
@@ -51,7 +54,7 @@ def load_model(path: Path, weights: Weights = "ema") -> tuple[WFVAEModel, Path]:
 
 def is_exported(path: Path) -> bool:
     """Whether a folder holds a model in the layout of diffusers."""
-    return (path / "diffusion_pytorch_model.safetensors").exists()
+    return holds_weights(path)
 
 
 @torch.no_grad()

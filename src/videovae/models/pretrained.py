@@ -1,7 +1,7 @@
 """Models from folders in diffusers' layout, and back."""
 
+from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,26 +18,68 @@ def load(directory: str | PathLike[str]) -> WFVAEModel:
 
     Args:
         directory: holds `config.json`, whose `_class_name` says which model, and
-            `diffusion_pytorch_model.safetensors`.
+            `diffusion_pytorch_model.safetensors`, or several such files and their index.
     Raises:
         WeightsError: a file is missing or broken, or the weights are not the ones that the config needs.
     Ranks: local.
     """
     config = read_config(directory)
-    model_class = MODELS.get(str(config.get("_class_name")))
+    check_class(config, origin=str(directory))
+    return assemble(config, read_weights(directory), origin=str(directory))
+
+
+def check_class(config: Mapping[str, object], *, origin: str) -> type[WFVAEModel]:
+    """The class that a published config is of.
+
+    Raises:
+        WeightsError: it is none that is known.
+    """
+    name = config.get("_class_name")
+    model_class = MODELS.get(str(name))
     if model_class is None:
-        found = config.get("_class_name")
-        hint = "" if found else " A run folder has to be exported first: `videovae export`."
-        raise WeightsError(f"{Path(directory)} holds a {found!r}; known models are {sorted(MODELS)}.{hint}")
-    try:
-        with torch.device("meta"):  # no time and no random numbers for weights that are replaced at once
-            model = model_class.from_config(config)
-    except ConfigError as error:
-        raise WeightsError(f"{Path(directory)}: {error}") from error
-    weights = read_weights(directory)
-    check_weights(weights, model.state_dict(), origin=str(directory))
+        hint = "" if name else " A run folder has to be exported first: `videovae export`."
+        raise WeightsError(f"{origin} holds a {name!r}; known models are {sorted(MODELS)}.{hint}")
+    return model_class
+
+
+def assemble(config: Mapping[str, object], weights: dict[str, Tensor], *, origin: str) -> WFVAEModel:
+    """The model of a published config with these weights, in float32 on the CPU, in evaluation mode.
+
+    Raises:
+        WeightsError: the config is not one of a known model, or the weights are not the ones that it needs.
+    Ranks: local.
+    """
+    model = build_empty(config, weights, origin=origin)
+    check_weights(weights, model.state_dict(), origin=origin)
     model.to_empty(device="cpu").load_state_dict(weights)
     return model.eval()
+
+
+def build_empty(config: Mapping[str, object], weights: Mapping[str, Tensor], *, origin: str) -> WFVAEModel:
+    """The model of a published config, without values (on the meta device).
+
+    Raises:
+        WeightsError: the config is not one of a known model, or is larger than the weights by far.
+    Ranks: local.
+    """
+    model_class = check_class(config, origin=origin)
+    _check_claims(config, weights, origin=origin)
+    try:
+        with torch.device("meta"):  # no time and no random numbers for weights that are replaced at once
+            return model_class.from_config(config)
+    except (ConfigError, OverflowError, RuntimeError) as error:  # RuntimeError: sizes past 64 bits
+        raise WeightsError(f"{origin}: {error}") from error
+
+
+def _check_claims(config: Mapping[str, object], weights: Mapping[str, Tensor], *, origin: str) -> None:
+    """Refuse numbers of layers and channels that would take hours or all memory to find out to be wrong."""
+    most_values = max((tensor.numel() for tensor in weights.values()), default=0)
+    for name, value in config.items():
+        if not isinstance(value, int):
+            continue
+        most, what = (len(weights), "tensors") if "num" in name else (most_values, "values in the largest tensor")
+        if value > max(most, 1):
+            raise WeightsError(f"{origin}: {name} is {value}, but the weights have only {most} {what}.")
 
 
 def check_weights(weights: dict[str, Tensor], needed: dict[str, Tensor], *, origin: str) -> None:

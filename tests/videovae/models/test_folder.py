@@ -3,10 +3,19 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from videovae.errors import WeightsError
 from videovae.models import folder
-from videovae.models.folder import CONFIG_NAME, WEIGHTS_NAME, read_config, read_weights, write_folder
+from videovae.models.folder import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    holds_weights,
+    read_config,
+    read_weights,
+    write_folder,
+)
 
 WEIGHTS = {"a.weight": torch.randn(3, 4), "b": torch.arange(4)}
 
@@ -82,3 +91,63 @@ def test_truncated_weights_file_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(WeightsError, match=f"{WEIGHTS_NAME} is cut off or no safetensors file"):
         read_weights(tmp_path)
+
+
+def test_weights_in_several_files_are_read_as_one(tmp_path):
+    write_shards(tmp_path, {"one.safetensors": ["a.weight"], "two.safetensors": ["b"]})
+    weights = read_weights(tmp_path)
+    assert holds_weights(tmp_path)
+    assert weights.keys() == WEIGHTS.keys()
+    assert all(torch.equal(weights[name], WEIGHTS[name]) for name in WEIGHTS)
+
+
+def test_a_file_that_an_index_names_and_that_is_missing_is_told(tmp_path):
+    write_shards(tmp_path, {"one.safetensors": ["a.weight"], "two.safetensors": ["b"]})
+    (tmp_path / "two.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"cannot read .*two\.safetensors"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        (None, "has no weight_map"),
+        ({}, "has no weight_map"),
+        ([1], "has no weight_map"),
+        ({"a.weight": "../one.safetensors"}, r"names the file '\.\./one.safetensors'; all files have to be in its own"),
+        ({"a.weight": "/etc/passwd"}, "all files have to be in its own folder"),
+        ({"a.weight": "one\0.safetensors"}, "all files have to be in its own folder"),
+        ({"a.weight": ".."}, "all files have to be in its own folder"),
+        ({"a.weight": 3}, "cannot read .*3"),
+        ({"a.weight": "one.safetensors", "c": "one.safetensors"}, r"differs .* in 1 tensors: c is not in it"),
+        ({"c": "one.safetensors"}, r"differs .* in 2 tensors: a.weight is in it"),
+    ],
+)
+def test_index_that_does_not_fit_the_files_is_refused(weight_map, message, tmp_path):
+    write_shards(tmp_path, {"one.safetensors": ["a.weight"]})
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(WeightsError, match=message):
+        read_weights(tmp_path)
+
+
+def test_a_deeply_nested_config_is_told(tmp_path):
+    (tmp_path / CONFIG_NAME).write_text("[" * 100_000)
+    with pytest.raises(WeightsError, match=r"config\.json is not JSON"):
+        read_config(tmp_path)
+
+
+def test_a_claim_of_a_petabyte_is_told(tmp_path):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2**48], "data_offsets": [0, 2**50]}}).encode()
+    (tmp_path / WEIGHTS_NAME).write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(WeightsError, match=f"{WEIGHTS_NAME} is cut off or no safetensors file"):
+        read_weights(tmp_path)
+    (tmp_path / WEIGHTS_NAME).write_bytes((2**60).to_bytes(8, "little") + header)
+    with pytest.raises(WeightsError, match=f"{WEIGHTS_NAME} is cut off or no safetensors file"):
+        read_weights(tmp_path)
+
+
+def write_shards(folder, names):
+    for file_name, tensors in names.items():
+        save_file({name: WEIGHTS[name] for name in tensors}, folder / file_name)
+    weight_map = {name: file_name for file_name, tensors in names.items() for name in tensors}
+    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

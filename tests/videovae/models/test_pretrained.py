@@ -82,6 +82,12 @@ def test_half_precision_weights_load_as_float32(saved):
         ),
         ({"encoder_num_resblocks": 2}, "missing: encoder"),
         ({"use_attention": False}, "unknown: "),
+        (
+            {"encoder_num_resblocks": 10**9},
+            r"encoder_num_resblocks is 1000000000, but the weights have only \d+ tensors",
+        ),
+        ({"base_channels": 10**12}, r"base_channels is 10+, but the weights have only \d+ values in the largest"),
+        ({"latent_dim": 10**30}, "latent_dim is 10+, but the weights have"),
     ],
 )
 def test_folder_that_contradicts_itself_is_refused(saved, changes, message):
