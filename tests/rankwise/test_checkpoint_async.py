@@ -236,7 +236,7 @@ def test_save_whose_wait_was_interrupted_is_not_lost(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path, async_save=True)
     with held_disk() as go:
         manager.save(1, {"w": torch.ones(3)})
-        interrupted = mock.patch.object(manager_module, "_wait_with_others", side_effect=KeyboardInterrupt)
+        interrupted = mock.patch.object(manager_module, "wait_with_others", side_effect=KeyboardInterrupt)
         with interrupted, pytest.raises(KeyboardInterrupt):
             manager.wait()
         threading.Timer(0.2, go.set).start()
@@ -247,7 +247,7 @@ def test_save_whose_wait_was_interrupted_is_not_lost(tmp_path: Path) -> None:
 def test_save_without_a_copy_that_was_interrupted_commits_nothing_that_has_changed_since(tmp_path: Path) -> None:
     manager, tensor = CheckpointManager(tmp_path), torch.ones(3)
     with held_disk() as go:
-        interrupted = mock.patch.object(manager_module, "_wait_with_others", side_effect=KeyboardInterrupt)
+        interrupted = mock.patch.object(manager_module, "wait_with_others", side_effect=KeyboardInterrupt)
         with interrupted, pytest.raises(KeyboardInterrupt):
             manager.save(1, {"w": tensor})
         tensor.zero_()
@@ -293,7 +293,7 @@ def test_save_that_ends_just_when_the_wait_for_it_does_is_no_failure(tmp_path: P
 
     late = Late()
     threading.Timer(0.5, lambda: late.done() or late.set_result(None)).start()
-    manager_module._wait_with_others(late)
+    manager_module.wait_with_others(late)
 
 
 @on_ranks(2)

@@ -19,6 +19,7 @@ from rankwise.checkpoint import folder
 from rankwise.checkpoint import manager as manager_module
 from rankwise.checkpoint.holder import encode, lease_name
 from rankwise.checkpoint.lease import read_holder
+from rankwise.checkpoint.local import LocalFolder
 from rankwise.checkpoint.manifest import Manifest, read_manifest
 from rankwise.errors import (
     CheckpointCorruptError,
@@ -457,3 +458,16 @@ def test_killed_at_any_moment_the_newest_step_loads_and_none_is_lost(tmp_path: P
             own = manager.read("own", rank=rank)
             assert (own["step"], own["weight"].unique().tolist()) == (newest, [newest + rank])
     assert len(list(tmp_path.glob(".staging-*"))) <= 1
+
+
+def test_folder_that_cannot_be_read_is_told_in_our_words(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
+    manager.save(1, {"w": torch.ones(3)})
+    refuse = mock.Mock(side_effect=OSError(errno.EIO, "Input/output error", str(tmp_path)))
+    told = rf"{tmp_path} cannot be read, because the disk refused: .*Input/output error"
+    with mock.patch.object(LocalFolder, "find", refuse):
+        for ask in (manager.steps, manager.latest, lambda: manager.read("w"), lambda: manager.verify(1)):
+            with pytest.raises(CheckpointError, match=told):
+                ask()
+    assert manager.read("w").tolist() == [1.0, 1.0, 1.0]
+    manager.close()

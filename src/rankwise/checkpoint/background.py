@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Callable
@@ -23,7 +22,6 @@ class Worker:
         self._queue: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
-        self._pid = os.getpid()
 
     def submit(self, task: Callable[[], None]) -> Future[None]:
         """Have `task` done after all that came before it.

@@ -2,49 +2,38 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
 import hashlib
 import json
 import os
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from concurrent.futures import wait as wait_for_futures
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal
 
 import torch.distributed as dist
 
 from rankwise import collectives, logs
 from rankwise.checkpoint import loading
 from rankwise.checkpoint.background import Worker
+from rankwise.checkpoint.choosing import find_candidates, say_passed_over
 from rankwise.checkpoint.folder import step_name
 from rankwise.checkpoint.lease import Lease
+from rankwise.checkpoint.lifetime import at_end, on_main, told_of_disk, wait_with_others
 from rankwise.checkpoint.local import Committed, LocalFolder
-from rankwise.checkpoint.manifest import MANIFEST
 from rankwise.checkpoint.places import give_back_lease, open_folder, share_lease
 from rankwise.checkpoint.remote_lease import RemoteLease
 from rankwise.checkpoint.saving import Saver, take_snapshot
 from rankwise.checkpoint.staging import Arena, in_host_memory
 from rankwise.checkpoint.together import Assembly
 from rankwise.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
-from rankwise.group import at_session_end, make_side_group
-from rankwise.waiting import FIRST_FAILURE_SECONDS, link
-
-P = ParamSpec("P")
-T = TypeVar("T")
+from rankwise.group import make_side_group
 
 FAILED_END_SECONDS = 10.0
 """How long a program that ends with an error waits for a save that is under way."""
-
-SLOW_SECONDS = 60.0
-"""After how long a wait for a save is told, again and again."""
 
 MIN_LEASE_TIMEOUT_SECONDS = 10.0
 
@@ -145,9 +134,12 @@ class CheckpointManager:
 
         Newest is what the job that took the lease last has saved; among its own steps, the one of the highest number.
 
+        Raises:
+            CheckpointError: the directory cannot be read.
         Ranks: local; while a save runs, ranks may see different ones.
         """
-        return [found.step for found in self._folder.find()]
+        with self._read():
+            return [found.step for found in self._folder.find()]
 
     def latest(self, *, verified: bool = False) -> int | None:
         """The newest step that can be loaded, None when there is none.
@@ -156,19 +148,22 @@ class CheckpointManager:
             verified: compare every file with its checksum, and pass over damaged steps, saying so loudly.
         Raises:
             CheckpointCorruptError: with `verified`, where every step there is is damaged.
+            CheckpointError: the directory cannot be read.
         Ranks: local; while a save runs, ranks may see different ones.
         """
-        steps = self._folder.find()
+        with self._read():
+            steps = self._folder.find()
         if not verified:
             return steps[-1].step if steps else None
         for found in reversed(steps):
             try:
-                self._folder.verify(found)
+                with self._read():
+                    self._folder.verify(found)
                 return found.step
             except CheckpointCorruptError as error:
                 if found == steps[0]:
                     raise
-                _say_passed_over(error)
+                say_passed_over(error)
         return None
 
     def path(self, step: int) -> Path:
@@ -191,7 +186,7 @@ class CheckpointManager:
         if self._saver is not None:
             return
         # Nobody writes in the background before all know that this job may.
-        epoch = _on_main("no checkpoint can be saved", self._take_lease)
+        epoch = on_main("no checkpoint can be saved", self._take_lease)
         self._group = make_side_group() if dist.is_initialized() and dist.get_world_size() > 1 else None
         self._saver = Saver(
             self._folder,
@@ -206,7 +201,9 @@ class CheckpointManager:
         self._saver.loaded_step = self._loaded_step
         self._worker = Worker("rankwise-checkpoint")
         self._pid = os.getpid()
-        self._forget_end = _at_end(self)
+        self._forget_end = at_end(
+            lambda failed: self._end(failed=failed), before_threads=not isinstance(self._folder, LocalFolder)
+        )
 
     def save(self, step: int, state: Mapping[str, object]) -> None:
         """Store `state` as `step`.
@@ -306,8 +303,8 @@ class CheckpointManager:
         Ranks: every rank must call; if it fails on one, it fails on all.
         """
         self.wait()
-        candidates = _on_main("no step was loaded", self._candidates, step)
-        newest = _on_main("no step was loaded", self.latest)
+        candidates = on_main("no step was loaded", find_candidates, self._folder, step)
+        newest = on_main("no step was loaded", self.latest)
         for candidate in candidates:
             try:
                 loading.verify_together(self._folder, candidate)
@@ -315,7 +312,7 @@ class CheckpointManager:
             except CheckpointCorruptError as error:
                 if step != "latest" or candidate == candidates[-1]:
                     raise
-                _say_passed_over(error)
+                say_passed_over(error)
             else:
                 _logger.info("loaded %s", self._folder.describe(candidate), ranks="main")
                 self._compare_config(candidate)
@@ -339,10 +336,9 @@ class CheckpointManager:
             CheckpointCorruptError: what is read of it is missing or damaged.
         Ranks: local.
         """
-        candidates = self._candidates(step)
-        if not candidates:
-            raise CheckpointNotFoundError(f"there is no checkpoint in {self._folder.location}.")
-        return loading.read_item(self._folder.open(candidates[0]), name, rank)
+        found = self._find_candidates(step)[0]
+        with self._read():
+            return loading.read_item(self._folder.open(found), name, rank)
 
     def verify(self, step: int | Literal["latest"] = "latest") -> None:
         """Compare every file of a step with its checksum.
@@ -352,31 +348,20 @@ class CheckpointManager:
             CheckpointCorruptError: names the first file that is missing or damaged.
         Ranks: local.
         """
-        candidates = self._candidates(step)
+        found = self._find_candidates(step)[0]
+        with self._read():
+            self._folder.verify(found)
+
+    def _find_candidates(self, step: int | Literal["latest"]) -> list[Committed]:
+        """At least one."""
+        with self._read():
+            candidates = find_candidates(self._folder, step)
         if not candidates:
             raise CheckpointNotFoundError(f"there is no checkpoint in {self._folder.location}.")
-        self._folder.verify(candidates[0])
+        return candidates
 
-    def _candidates(self, step: int | Literal["latest"]) -> list[Committed]:
-        """The steps to try, in this order."""
-        if step != "latest" and type(step) is not int:
-            raise CheckpointNotFoundError(f"a step is a whole number or 'latest', not {step!r}.")
-        steps = self._folder.find()
-        lost = self._folder.find_lost() if isinstance(self._folder, LocalFolder) else []
-        if step == "latest":
-            if lost and not steps:
-                raise _is_lost(lost[-1])
-            for path in lost:
-                _say_passed_over(_is_lost(path))
-            return steps[::-1]
-        asked = [found for found in steps if found.step == step]
-        for path in lost:
-            if path.name == step_name(step):
-                raise _is_lost(path)
-        if not asked:
-            there = ", ".join(str(found.step) for found in steps[-8:]) or "none"
-            raise CheckpointNotFoundError(f"there is no step {step} in {self._folder.location}. There is: {there}.")
-        return asked
+    def _read(self) -> contextlib.AbstractContextManager[None]:
+        return told_of_disk(f"{self._folder.location} cannot be read")
 
     def _compare_config(self, found: Committed) -> None:
         if not self._config_digest:
@@ -394,7 +379,7 @@ class CheckpointManager:
         """Wait for the oldest save, and raise or tell its error: the same on every rank."""
         _, future, arena = self._pending[0]
         try:
-            _wait_with_others(future)
+            wait_with_others(future)
         except CheckpointError as error:
             if self._on_failure == "raise":
                 raise
@@ -429,82 +414,8 @@ class CheckpointManager:
             if self._group is not None and is_quiet:
                 with contextlib.suppress(RuntimeError, ValueError, AssertionError):  # gone with the session's own
                     dist.destroy_process_group(self._group)
+            self._arenas.clear()
             self._lease = self._saver = self._worker = self._group = None
-
-
-def _wait_with_others(future: Future[None]) -> None:
-    """Wait for a save; where another rank fails first, that is what is raised."""
-    begin, num_told = time.monotonic(), 0
-    while True:
-        if not wait_for_futures([future], 0.1).done:
-            link().raise_first_failure()
-            if time.monotonic() - begin > (num_told + 1) * SLOW_SECONDS:
-                num_told += 1
-                _logger.warning("training has waited %d s for a checkpoint to be written", time.monotonic() - begin)
-            continue
-        try:
-            return future.result()
-        except CheckpointError as error:
-            if "lost each other" in str(error):
-                link().raise_first_failure(within_seconds=FIRST_FAILURE_SECONDS)
-            raise
-        finally:
-            del future  # or the error would hold itself
-
-
-def _is_lost(step_directory: Path) -> CheckpointCorruptError:
-    return CheckpointCorruptError(
-        f"{step_directory / MANIFEST} is missing, and with it what tells whether the step is whole. Load another step "
-        "(step=NUMBER), or move this one away."
-    )
-
-
-def _say_passed_over(error: CheckpointCorruptError) -> None:
-    _logger.error("%s Going on to an older step: what came after it is lost.", error, ranks="main")
-
-
-def _at_end(manager: CheckpointManager) -> Callable[[], None]:
-    """Have the manager ended with the session, or with the program; returns what takes that back.
-
-    Until then it lives: the program may have dropped it while a save is under way.
-    """
-
-    is_ended = False
-
-    def end_with_program() -> None:
-        nonlocal is_ended
-        if is_ended:
-            return
-        is_ended = True
-        # Set where an uncaught exception ends a script; at a prompt it tells of some earlier one.
-        manager._end(failed=getattr(sys, "last_value", None) is not None and not hasattr(sys, "ps1"))
-
-    forget = at_session_end(lambda failed: manager._end(failed=failed))
-    atexit.register(end_with_program)
-    if not isinstance(manager._folder, LocalFolder):
-        # What talks to stores needs threads that Python ends before `atexit` is asked, and there is no public way then.
-        getattr(threading, "_register_atexit", atexit.register)(end_with_program)
-
-    def take_back() -> None:
-        nonlocal is_ended
-        is_ended = True
-        forget()
-        atexit.unregister(end_with_program)
-
-    return take_back
-
-
-def _on_main(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """`on_main_process`; what the disk refuses is a `CheckpointError` on every rank, which begins with `what`."""
-
-    @functools.wraps(function)  # its name stands in what is told of ranks that do not come
-    def attempt() -> T:
-        try:
-            return function(*args, **kwargs)
-        except OSError as error:
-            raise CheckpointError(f"{what}, because the disk refused on the main process: {error}") from error
-
-    return collectives.on_main_process(attempt)
 
 
 def _digest(config: Mapping[str, object] | None) -> str:
