@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 import rankwise
 from rankwise import save_on_main
+from rankwise.checkpoint import one_file
 from rankwise.errors import CheckpointError
 from rankwise.testing import on_ranks
 
@@ -43,6 +44,16 @@ def test_disk_that_refuses_leaves_what_was_there_and_no_rest(tmp_path: Path, cal
     assert str(raised.value).startswith(f"{path} was not saved on the main process: [Errno 28] No space left")
     assert os.listdir(tmp_path) == ["net.pt"]
     assert torch.load(path, weights_only=True) == "first"
+
+
+def test_disk_that_only_refuses_to_confirm_the_new_name_is_told_so(tmp_path: Path) -> None:
+    path = tmp_path / "net.pt"
+    save_on_main("first", path)
+    refuse = mock.Mock(side_effect=OSError(errno.EIO, "Input/output error"))
+    with mock.patch.object(one_file, "fsync_directory", refuse), pytest.raises(CheckpointError) as raised:
+        save_on_main("second", path)
+    assert str(raised.value).startswith(f"{path} is new and whole, but the disk refused to confirm its name")
+    assert torch.load(path, weights_only=True) == "second"
 
 
 def test_what_does_not_pickle_is_told_in_a_sentence(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ def save_on_main(obj: object, path: str | os.PathLike[str]) -> None:
     What was at `path` stays until the new file takes its place.
 
     Raises:
-        CheckpointError: the main process could not write it; says why. What was at `path` is untouched.
+        CheckpointError: the main process could not write it; says why. What was at `path` is untouched, unless
+            the message says that the disk refused only to confirm the new one.
     Ranks: every rank must call; what the others pass is ignored.
     """
     collectives.on_main_process(_save, obj, path)
@@ -36,7 +37,6 @@ def _save(obj: object, name: str | os.PathLike[str]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(staged, path)
-        fsync_directory(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             staged.unlink(missing_ok=True)
@@ -48,3 +48,10 @@ def _save(obj: object, name: str | os.PathLike[str]) -> None:
             first = first.__context__
         cause = first or f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path} was not saved on the main process: {cause}") from error
+    try:
+        fsync_directory(path.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} is new and whole, but the disk refused to confirm its name on the main process, so that a crash "
+            f"of the machine may bring back the old one: {error}"
+        ) from error
