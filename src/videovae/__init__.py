@@ -14,7 +14,11 @@ __all__ = ["load"]
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from videovae.models import pretrained
-
+        try:
+            from videovae.models import pretrained
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"videovae.{name} needs {error.name}, which is not installed: pip install 'rankwise[videovae]'"
+            ) from error
         return getattr(pretrained, name)
     raise AttributeError(f"module 'videovae' has no attribute {name!r}")

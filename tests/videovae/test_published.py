@@ -4,6 +4,8 @@ import importlib.util
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -381,3 +383,11 @@ def test_wavelets_of_a_source_are_kept(checkpoint: Path, tmp_path: Path) -> None
 def test_every_buffer_of_the_model_is_a_wavelets(raw: WFVAEModel) -> None:
     owners = [module for module in raw.modules() if isinstance(module, WAVELETS)]
     assert sum(len(list(owner.buffers())) for owner in owners) == len(list(raw.buffers())) > 0
+
+
+def test_load_without_the_extra_says_what_to_install() -> None:
+    program = "import sys; sys.modules['einops'] = None; import videovae; videovae.load"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stderr.endswith(
+        "ImportError: videovae.load needs einops, which is not installed: pip install 'rankwise[videovae]'\n"
+    )
