@@ -1,5 +1,6 @@
 """What the file of a lease says, and whether its process lives: files and real processes."""
 
+import itertools
 import json
 import os
 import signal
@@ -91,6 +92,7 @@ def changed(**fields: object) -> bytes:
         changed(heartbeat_seconds=10**400),
         changed(heartbeat_seconds=float("nan")),
     ],
+    ids=itertools.count(),  # what they hold differs from process to process
 )
 def test_of_a_damaged_file_only_the_epoch_is_known(raw: bytes) -> None:
     assert decode(7, raw) == Holder(7)
