@@ -19,6 +19,7 @@ FLOORS = {
     "rankwise.visible": 0,
     "rankwise.files": 0,
     "rankwise.redact": 0,
+    "rankwise.check": 0,
     "rankwise.parent": 1,
     "rankwise.device": 1,
     "rankwise.threads": 1,

@@ -1,10 +1,8 @@
-"""The `rankwise` command: `run`, `whoami`, `doctor`, `logs`, `ckpt`, `env`."""
+"""The `rankwise` command: `run`, `whoami`, `doctor`, `check`, `logs`, `ckpt`, `env`."""
 
 import importlib
 import sys
 from collections.abc import Sequence
-
-from rankwise import __version__
 
 USAGE = """usage: rankwise VERB ...
 
@@ -13,6 +11,7 @@ run      start a script on several processes of this node (or, with torchrun's -
          rank failed first and why.  rankwise run [torchrun options] SCRIPT [ARGUMENT ...] | -m MODULE [ARGUMENT ...]
 whoami   what this process is, and which variable says so; run it under your launcher:  srun rankwise whoami
 doctor   look for trouble before the job starts, on all ranks together:  srun rankwise doctor
+check    find rank mistakes in training code, which is read and never run:  rankwise check src
 logs     the records of all ranks by time, equal lines as one:  rankwise logs RUN --level warning --follow
 ckpt     look at checkpoints, verify, compare, prune, convert them:  rankwise ckpt ls|verify|diff|prune|convert RUN
 env      print a ready job file for a command:  rankwise env slurm|kubernetes|ray [options] -- COMMAND
@@ -23,6 +22,7 @@ _VERBS = {
     "run": "launch",
     "whoami": "whoami",
     "doctor": "doctor",
+    "check": "check.cli",
     "logs": "logreader",
     "ckpt": "ckpt",
     "env": "jobfiles",
@@ -40,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Each verb is imported when it is asked for: `whoami` must not pay for torch.
             return int(importlib.import_module(f"rankwise.{_VERBS[verb]}").main(rest))
         case ["--version"]:
+            # Looking the version up takes as long as checking a file.
+            from rankwise import __version__
+
             print(f"rankwise {__version__}")
             return 0
         case ["-h" | "--help"]:
