@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from rankwise.check.explore import explore
 from rankwise.check.finding import CannotParse, Finding
 from rankwise.check.rules import DEFAULT_RULES, RULES
 
@@ -30,5 +31,11 @@ def analyze(sources: Mapping[str, str | bytes], enabled: Collection[str] = DEFAU
     """
     unknown = set(enabled) - RULES.keys()
     if unknown:
-        raise KeyError(f"{min(unknown)} is no rule; there are {chr(44).join(RULES)}")
-    return Analysis((), ())
+        raise KeyError(f"{min(unknown)} is no rule; there are {', '.join(RULES)}")
+    program = explore(sources)
+    program.parse_rest()
+    found = {finding for code in sorted(enabled) for finding in RULES[code].check(program) if finding.rule == code}
+    ordered = sorted(found, key=lambda one: (one.path, one.line, one.column, one.rule, one.message))
+    return Analysis(
+        tuple(ordered), tuple(program.cannot_parse[path] for path in sources if path in program.cannot_parse)
+    )

@@ -1,0 +1,137 @@
+"""Conditions: on which ranks a comparison, a conjunction or a value taken as a truth is true."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rankwise.check.values import (
+    RANKS,
+    Atom,
+    Guard,
+    Many,
+    Test,
+    Value,
+    both,
+    constant,
+    either,
+    is_const,
+)
+
+_NOTHING = Test()
+_SINGLE = Test((Atom("single", "main"),), ())
+_SCOPES = {"local_rank": "local_rank", "node_rank": "node_rank"}
+
+
+def truth(value: Value, text: str) -> Test:
+    """The value where a condition stands."""
+    if value.test is not None:
+        return value.test
+    if value.kind in RANKS or value.kind == "node_rank":
+        return ~_main(value)
+    return _NOTHING
+
+
+def _main(value: Value) -> Test:
+    atom = Atom(_SCOPES.get(value.kind, "rank"), "main", trail=value.trail)
+    return Test((atom,), (atom.opposite,))
+
+
+def compare(left: Value, operator: ast.cmpop, right: Value, text: str) -> Test | None:
+    """The test that a comparison is; None where it has nothing to do with ranks."""
+    if not _is_rank(left) and _is_rank(right):
+        left, right, operator = right, left, _turned(operator)
+    if left.kind in ("world_size", "local_world_size", "num_nodes"):
+        return _size(operator, right) if left.kind == "world_size" else None
+    if not _is_rank(left):
+        return _of_truth(left, operator, right)
+    if isinstance(operator, ast.In | ast.NotIn):
+        test = _member(left, right, text)
+        return ~test if isinstance(operator, ast.NotIn) else test
+    number = constant(right)
+    if isinstance(number, str) and number.lstrip("-").isdigit():
+        number = int(number)
+    if number is None and is_const(right):
+        return None
+    if not isinstance(number, int):
+        return _one(left, operator, text)
+    return _number(left, operator, number, text)
+
+
+def _is_rank(value: Value) -> bool:
+    return value.kind in RANKS or value.kind == "node_rank"
+
+
+def _number(left: Value, operator: ast.cmpop, number: int, text: str) -> Test | None:
+    main = _main(left)
+    match operator, number:
+        case (ast.Eq() | ast.Is(), 0) | (ast.LtE(), 0) | (ast.Lt(), 1):
+            return main
+        case (ast.NotEq() | ast.IsNot(), 0) | (ast.Gt(), 0) | (ast.GtE(), 1):
+            return ~main
+        case (ast.Eq() | ast.Is(), -1) | (ast.Lt(), 0):
+            return _SINGLE
+        case (ast.NotEq() | ast.IsNot(), -1) | (ast.GtE(), 0) | (ast.Gt(), -1):
+            return ~_SINGLE
+    return _one(left, operator, text)
+
+
+def _one(left: Value, operator: ast.cmpop, text: str) -> Test | None:
+    """A rank compared with something else than 0: it divides the ranks in a way of its own."""
+    shown = text.replace("!=", "==").replace("not in", "in")
+    atom = Atom("some", "main", text=shown, trail=left.trail)
+    test = Test((atom,), (atom.opposite,))
+    return ~test if isinstance(operator, ast.NotEq | ast.IsNot) else test
+
+
+def _member(left: Value, right: Value, text: str) -> Test:
+    if isinstance(right.data, Many):
+        numbers = {constant(item) for item in right.data.items}
+        if numbers <= {0, -1} and 0 in numbers:
+            return _main(left)
+        if numbers == {-1}:
+            return _SINGLE
+    return _one(left, ast.In(), text) or _NOTHING
+
+
+def _size(operator: ast.cmpop, right: Value) -> Test | None:
+    number = constant(right)
+    match operator, number:
+        case (ast.Eq() | ast.LtE(), 1) | (ast.Lt(), 2):
+            return _SINGLE
+        case (ast.Gt() | ast.NotEq(), 1) | (ast.GtE(), 2):
+            return ~_SINGLE
+    return None
+
+
+def _of_truth(left: Value, operator: ast.cmpop, right: Value) -> Test | None:
+    """`is_main == False` and the like."""
+    number = constant(right, "")
+    if left.test is None or not (number is None or isinstance(number, bool)):
+        return None
+    positive = bool(number) == isinstance(operator, ast.Eq | ast.Is)
+    return left.test if positive else ~left.test
+
+
+def _turned(operator: ast.cmpop) -> ast.cmpop:
+    turned = {ast.Lt: ast.Gt, ast.Gt: ast.Lt, ast.LtE: ast.GtE, ast.GtE: ast.LtE}.get(type(operator))
+    return turned() if turned else operator
+
+
+def combine(tests: Sequence[Test], conjunction: bool) -> Test:
+    """Of `and` (else `or`) of the parts."""
+    if not conjunction:
+        return ~combine([~test for test in tests], True)
+    true: Guard = ()
+    false: Guard | None = None
+    for test in tests:
+        true = both(true, test.when_true)
+        false = test.when_false if false is None else either(false, test.when_false)
+    return Test(_without_contradiction(true), false or ())
+
+
+def _without_contradiction(guard: Guard) -> Guard:
+    """Without the doubt where the same is also sure."""
+    certain = {replace(atom, sure=True) for atom in guard if atom.sure}
+    return tuple(atom for atom in guard if atom.sure or replace(atom, sure=True) not in certain)

@@ -1,0 +1,44 @@
+"""
+## What it finds
+
+A tracker's run or an event file that every rank starts: `wandb.init`, `SummaryWriter`, `mlflow.start_run` and the like,
+in code that is seen to run on every rank.
+
+## Why it hurts
+
+One training shows up as as many runs as there are processes, or their event files mix in one folder.
+
+## Example
+
+    wandb.init(project="vae")  # after init_process_group
+
+## Instead
+
+    if dist.get_rank() == 0:
+        wandb.init(project="vae")
+
+## Known limits
+
+A run per rank that is meant so - `group=`, a `mode` that depends on the rank - is not reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rankwise.check.explore import whole_guard
+from rankwise.check.finding import Finding
+from rankwise.check.program import Program
+from rankwise.check.reach import runs_on_many
+from rankwise.check.works import calls_with, starts_tracker
+
+
+def check(program: Program) -> Iterator[Finding]:
+    for trace, call in calls_with(program):
+        if not starts_tracker(call) or call.guard or not runs_on_many(program, trace):
+            continue
+        per_rank = any(value.varies for value in (*call.arguments, *call.keywords.values()))
+        if per_rank or "group" in call.keywords or whole_guard(program, call):
+            continue
+        message = f"every rank starts {trace.module.text(call.node.func)}(). Let the main process do it alone"
+        yield trace.module.finding("RW302", call.node, "warning", message)

@@ -1,0 +1,75 @@
+"""
+## What it finds
+
+A file that every rank writes under the same name: `torch.save`, `open(..., "w")`, `save_pretrained` and the like, in code
+that is seen to run on every rank, with no guard on the way to it and no rank in the path.
+
+## Why it hurts
+
+Ranks overwrite each other while they write: the file may hold parts of several, and loads fail later.
+
+## Example
+
+    torch.save(model.state_dict(), "model.pt")  # after init_process_group
+
+## Instead
+
+    if dist.get_rank() == 0:
+        torch.save(model.state_dict(), "model.pt")
+
+## Known limits
+
+A function that no given file calls counts only where it deals with ranks itself. Paths made of values whose origin is
+not seen are taken for equal on all ranks, unless a rank, a process id, a time or a random name may be in them.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from rankwise.check.explore import whole_guard
+from rankwise.check.finding import Finding
+from rankwise.check.program import Program
+from rankwise.check.reach import runs_on_many
+from rankwise.check.trace import Call
+from rankwise.check.values import Value, constant
+from rankwise.check.works import calls_with, written_path
+
+
+def check(program: Program) -> Iterator[Finding]:
+    for trace, call in calls_with(program):
+        path = written_path(call)
+        if path is None or call.in_handler or call.guard or not runs_on_many(program, trace):
+            continue
+        if _varies(call, path) or whole_guard(program, call) or _guarded_caller(program, call):
+            continue
+        message = f"every rank writes {trace.module.text(path, 50)}. Let the main process write it, or put the rank in the name"
+        yield trace.module.finding("RW301", call.node, "error", message)
+
+
+def _varies(call: Call, path: ast.expr) -> bool:
+    values: list[Value] = [*call.arguments, *call.keywords.values()]
+    nodes = [*call.node.args, *(keyword.value for keyword in call.node.keywords if keyword.arg)]
+    for node, value in zip(nodes, values, strict=False):
+        if node is path:
+            return value.varies or "devnull" in call.module.text(path) or str(constant(value)).startswith("/dev/")
+    return call.receiver is not None and call.receiver.varies
+
+
+def _guarded_caller(program: Program, call: Call) -> bool:
+    """Whether any caller, at any height, has a guard: then the others are taken for cases of their own."""
+    seen = set()
+    waiting = [call.caller]
+    while waiting:
+        function = waiting.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        if function in program.handed_over:
+            return True
+        for above in program.callers.get(function, ()):
+            if above.guard:
+                return True
+            waiting.append(above.caller)
+    return False

@@ -1,0 +1,211 @@
+"""What is known of a value: where a number comes from, on which ranks a test is true, what an object is."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from rankwise.check.finding import Step
+
+Kind = Literal[
+    "",
+    "rank",
+    "local_rank",
+    "spawn_rank",
+    "some_rank",
+    "node_rank",
+    "world_size",
+    "local_world_size",
+    "num_nodes",
+]
+"""Of a number. `spawn_rank`: the index that `mp.spawn` gives, local and, on one node, global too. `some_rank`: a rank, but
+nothing says of what. "": anything else."""
+
+RANKS: frozenset[str] = frozenset({"rank", "local_rank", "spawn_rank", "some_rank"})
+_PER_RANK: frozenset[str] = RANKS | {"node_rank"}
+_MAX_TRAIL = 6
+
+
+@dataclass(frozen=True)
+class Atom:
+    """One fact that a test says of the ranks that pass it."""
+
+    scope: str
+    """The kind of number that was tested; "some" and the test's text where that is all that is known; "single" where
+    the test is true for a lone process."""
+    which: Literal["main", "others"]
+    """ "main": only one of the scope (rank 0, where it is a rank); "others": only not that one."""
+    sure: bool = True
+    """False where a rank outside may pass too."""
+    text: str = ""
+    """The test, where `scope` is "some"."""
+    trail: tuple[Step, ...] = field(default=(), compare=False)
+    place: ast.expr | None = field(default=None, compare=False, repr=False)
+    """Where it was tested."""
+    named: str = field(default="", compare=False)
+    """The variable or helper that the test stands in, if any; ends in "()" for a helper."""
+
+    @property
+    def opposite(self) -> Atom:
+        return replace(self, which="others" if self.which == "main" else "main")
+
+
+Guard = tuple[Atom, ...]
+"""All of these hold."""
+
+
+@dataclass(frozen=True)
+class Test:
+    """On which ranks a value is true."""
+
+    when_true: Guard = ()
+    when_false: Guard = ()
+
+    def __invert__(self) -> Test:
+        return Test(self.when_false, self.when_true)
+
+
+@dataclass(frozen=True)
+class Value:
+    """What is known of the value of an expression."""
+
+    kind: Kind = ""
+    varies: bool = False
+    """Ranks may have different ones."""
+    test: Test | None = None
+    data: object = None
+    """What more is known, one of the classes below; None for nothing."""
+    trail: tuple[Step, ...] = ()
+
+    def via(self, text: str, path: str, line: int) -> Value:
+        """The same after one more step, which is left out where it repeats the last."""
+        if not self.kind and self.test is None:
+            return self
+        step = Step(text, path, line)
+        if self.trail[:1] == (step,):
+            return self
+        return replace(self, trail=(step, *self.trail[: _MAX_TRAIL - 1]))
+
+
+UNKNOWN = Value()
+VARYING = Value(varies=True)
+
+
+@dataclass(frozen=True)
+class Const:
+    value: object
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Something outside of the given files, by its dotted name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Many:
+    """A tuple or list that was written out."""
+
+    items: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A dictionary that was written out; keys that are no constants are left out."""
+
+    items: tuple[tuple[object, Value], ...]
+
+    def get(self, key: object) -> Value:
+        return next((value for name, value in self.items if name == key), UNKNOWN)
+
+
+@dataclass(frozen=True)
+class DeviceName:
+    """A text such as "cuda:3"; `index` is what stands after the colon."""
+
+    index: Value
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object of a known library: "ddp", "fsdp", "sampler", "loader", "accelerator", ..."""
+
+    tag: str
+    inner: Value = UNKNOWN
+    node: int = 0
+    """The line that made it."""
+
+
+def of(kind: Kind, step: Step | None = None, data: object = None) -> Value:
+    return Value(kind, kind in _PER_RANK, None, data, (step,) if step else ())
+
+
+def const(value: object) -> Value:
+    return Value(data=Const(value))
+
+
+def constant(value: Value, default: object = None) -> object:
+    return value.data.value if isinstance(value.data, Const) else default
+
+
+def is_const(value: Value) -> bool:
+    return isinstance(value.data, Const)
+
+
+def testing(atom: Atom) -> Value:
+    return Value("", True, Test((atom,), (atom.opposite,)), None, atom.trail)
+
+
+def join(first: Value, second: Value) -> Value:
+    """What holds of either. A constant gives way: it is what a lone process has."""
+    if first == second or second is first:
+        return first
+    if is_const(first) and not is_const(second):
+        first, second = second, first
+    if is_const(second) and (first.kind or first.test or isinstance(first.data, Thing)):
+        return first if not first.test or not constant(second) else _unsure(first)
+    varies = first.varies or second.varies
+    if first.kind == second.kind and first.kind:
+        return first
+    if {first.kind, second.kind} == {"rank", "spawn_rank"}:
+        return first if first.kind == "spawn_rank" else second
+    if first.test and second.test and first.test == second.test:
+        return first
+    if first.kind in RANKS and second.kind in RANKS:
+        return of("some_rank")
+    if isinstance(first.data, Thing) and isinstance(second.data, Thing) and first.data.tag == second.data.tag:
+        return first
+    for one, other in ((first, second), (second, first)):
+        if isinstance(one.data, Thing) and other == UNKNOWN:
+            return one
+    if first.test or second.test:
+        return _unsure(first if first.test else second)
+    return VARYING if varies else UNKNOWN
+
+
+def _unsure(value: Value) -> Value:
+    test = value.test or Test()
+    return replace(value, test=Test(unsure(test.when_true), unsure(test.when_false)))
+
+
+def unsure(guard: Iterable[Atom]) -> Guard:
+    return tuple(replace(atom, sure=False) for atom in guard)
+
+
+def both(first: Guard, second: Guard) -> Guard:
+    """All atoms of both, each once."""
+    return first + tuple(atom for atom in second if atom not in first) if second else first
+
+
+def either(first: Guard, second: Guard) -> Guard:
+    """What surely or maybe holds where one of the two does: after `a or b`."""
+    if any(atom.scope == "single" for atom in first):
+        return second
+    if any(atom.scope == "single" for atom in second):
+        return first
+    common = tuple(atom for atom in first if atom in second)
+    rest = (atom for atom in (*first, *second) if atom not in common)
+    return common + unsure(atom for atom in rest if atom.which == "main")
