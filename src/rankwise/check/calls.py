@@ -34,6 +34,7 @@ from rankwise.check.values import (
 
 _SAME = frozenset({"int", "str", "float", "Path", "copy.copy", "copy.deepcopy", "typing.cast", "torch.compile"})
 _SAME_OBJECT = frozenset({"to", "cuda", "cpu", "eval", "train", "half", "float", "bfloat16", "strip", "copy", "item"})
+_UNWRAP = frozenset({"unwrap_model", "unwrap_ddp", "de_parallel", "unwrap", "extract_model_from_parallel"})
 _MAX_INLINE = 3
 _MAX_MEMORY = 4000
 
@@ -186,6 +187,8 @@ class Caller(Evaluator):
             if thing.tag == "loader":
                 thing = replace(thing, inner=made.argument(-1, "sampler"))
             return Value("", varies and thing.tag == "path", None, thing)
+        if last in _UNWRAP:
+            return Value(data=Thing("bare"))
         if facts.is_varying(name):
             return VARYING
         if last == "device_name" or name == "torch.device":
@@ -287,8 +290,15 @@ def _is_small(function: Function) -> bool:
 
 
 def _by_helper(test: Test, function: Function) -> Test:
+    """The test, with the helper that it stands in as its last step."""
+    name = f"{function.name}()"
+    returns = [one for one in function.node.body if isinstance(one, ast.Return)]
+    node = returns[-1] if returns else function.node
+    text = function.module.text(node.value) if isinstance(node, ast.Return) and node.value else "..."
+    step = Step(f"{name} <- {text}", function.module.path, node.lineno)
+
     def put(guard: tuple[Atom, ...]) -> tuple[Atom, ...]:
-        return tuple(atom if atom.named else replace(atom, named=f"{function.name}()") for atom in guard)
+        return tuple(replace(atom, named=name, trail=(step, *atom.trail)) for atom in guard)
 
     return Test(put(test.when_true), put(test.when_false))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,8 +18,10 @@ from rankwise.check.values import (
     constant,
     either,
     is_const,
+    unsure,
 )
 
+_RANK_NAME = re.compile(r"rank|gpu|proc(?:ess)?_?(?:id|index|idx)|worker_?id|node_?id|machine_?id|task_?id|device|shard_id|ordinal")
 _NOTHING = Test()
 _SINGLE = Test((Atom("single", "main"),), ())
 _SCOPES = {"local_rank": "local_rank", "node_rank": "node_rank"}
@@ -57,6 +60,16 @@ def compare(left: Value, operator: ast.cmpop, right: Value, text: str) -> Test |
     if not isinstance(number, int):
         return _one(left, operator, text)
     return _number(left, operator, number, text)
+
+
+def by_name(text: str, operator: ast.cmpop, right: Value) -> Test | None:
+    """A number that is called a rank compared with 0: enough to be silent, too little to report."""
+    last = text.rpartition(".")[2].lower()
+    number = constant(right)
+    if isinstance(number, bool) or not isinstance(number, int) or not _RANK_NAME.search(last):
+        return None
+    test = _number(Value("rank"), operator, number, text) or _NOTHING
+    return Test(unsure(test.when_true), unsure(test.when_false))
 
 
 def _is_rank(value: Value) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from rankwise.check import facts
-from rankwise.check.conditions import combine, compare, truth
+from rankwise.check.conditions import by_name, combine, compare, truth
 from rankwise.check.finding import Step
 from rankwise.check.program import Program
 from rankwise.check.source import Class, Function, Module
@@ -305,6 +305,7 @@ class Evaluator:
         self._share(node.left, left, node.comparators[0], rights[0])
         if len(rights) == 1:
             test = compare(left, node.ops[0], rights[0], self.module.text(node))
+            test = test or by_name(self.module.text(node.left), node.ops[0], rights[0])
             if test is not None:
                 return Value("", varies, test, None, trail)
         return VARYING if varies else UNKNOWN

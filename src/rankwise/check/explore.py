@@ -125,35 +125,36 @@ def _parameters(
         if value is None and default is not None:
             value = names.evaluate(default)
         if value is None or value == UNKNOWN or (is_const(value) and known is function.arguments):
-            value = _by_name(names, parameter, value or UNKNOWN)
-            if value == UNKNOWN and name in _unwrapped(function):
+            value = _by_name(names, function, parameter, value or UNKNOWN)
+            if value == UNKNOWN and name in _unwrapped(function.module):
                 value = Value(data=Thing("ddp"))
         values[name] = value
     return values
 
 
-def _unwrapped(function: Function) -> set[str]:
-    """The parameters that the function takes a wrapper off: `model.module`, `unwrap_model(model)`."""
-    if function.unwrapped is None:
-        found = set()
-        for node in ast.walk(function.node):
+def _unwrapped(module: Module) -> set[str]:
+    """The names that a file takes a wrapper off: `model.module`, `unwrap_model(model)`."""
+    if module.unwrapped is None:
+        module.unwrapped = set()
+        for node in ast.walk(module.tree):
             if isinstance(node, ast.Attribute) and node.attr == "module" and isinstance(node.value, ast.Name):
-                found.add(node.value.id)
+                module.unwrapped.add(node.value.id)
             elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Name):
                 name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-                if name in ("unwrap_model", "unwrap_ddp", "unwrap", "de_parallel", "bare_model"):
-                    found.add(node.args[0].id)
-        function.unwrapped = found
-    return function.unwrapped
+                if name in ("unwrap_model", "unwrap_ddp", "de_parallel"):
+                    module.unwrapped.add(node.args[0].id)
+    return module.unwrapped
 
 
-def _by_name(names: Walker, parameter: ast.arg, value: Value) -> Value:
+def _by_name(names: Walker, function: Function, parameter: ast.arg, value: Value) -> Value:
     annotation = ast.unparse(parameter.annotation) if parameter.annotation is not None else ""
     tag = annotation.strip("'\"").rpartition(".")[2]
     if tag in facts.ACCELERATOR or (parameter.arg == "accelerator" and "accelerate" in names.module.imports.values()):
         return Value(data=Thing("accelerator"))
     if "DistributedDataParallel" in annotation or tag == "DDP":
         return Value(data=Thing("ddp"))
+    if parameter.arg == "rank" and "local_rank" in function.parameters:
+        return of("rank", names.module.step("parameter rank, beside local_rank", parameter))
     found = names.by_name(parameter.arg, ast.copy_location(ast.Name(parameter.arg, ast.Load()), parameter))
     return found if found != UNKNOWN else value
 

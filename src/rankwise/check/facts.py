@@ -255,7 +255,7 @@ def attribute(thing: Thing, name: str) -> Value | None:
     if thing.tag in ("lightning", "fabric") and name in _LIGHTNING:
         return of(_LIGHTNING[name])
     if name == "module" and thing.tag in ("ddp", "fsdp", "deepspeed"):
-        return thing.inner
+        return thing.inner if isinstance(thing.inner.data, Thing) else Value(data=Thing("bare"))
     if thing.tag == "loader" and name == "sampler":
         return thing.inner
     return named_test(name)

@@ -33,7 +33,6 @@ class Function:
     arguments: dict[str, Value] = field(default_factory=dict)
     """What callers in the given files pass, joined."""
     result: Value | None = None
-    unwrapped: set[str] | None = None
 
     @property
     def name(self) -> str:
@@ -76,6 +75,7 @@ class Module:
     globals: dict[str, Value] = field(default_factory=dict)
     loose: dict[str, Value] = field(default_factory=dict)
     """Attribute of an object of unknown class, such as parsed arguments -> the values that were put there, joined."""
+    unwrapped: set[str] | None = None
 
     def column(self, line: int, offset: int) -> int:
         """The 0-based column in characters of ast's offset in bytes."""

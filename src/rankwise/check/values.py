@@ -179,6 +179,8 @@ def join(first: Value, second: Value) -> Value:
     if isinstance(first.data, Thing) and isinstance(second.data, Thing) and first.data.tag == second.data.tag:
         return first
     for one, other in ((first, second), (second, first)):
+        if isinstance(one.data, Thing) and isinstance(other.data, Thing) and one.data.tag == "bare":
+            return one
         if isinstance(one.data, Thing) and other == UNKNOWN:
             return one
     if first.test or second.test:

@@ -6,13 +6,15 @@ import ast
 from dataclasses import replace
 from typing import Literal
 
+from rankwise.check import facts
 from rankwise.check.calls import Caller
 from rankwise.check.conditions import truth
 from rankwise.check.evaluate import Instance, merge
+from rankwise.check.finding import Step
 from rankwise.check.program import Program
 from rankwise.check.source import FunctionNode
 from rankwise.check.trace import Branch, Item, Leave, Loop, Store, Trace
-from rankwise.check.values import UNKNOWN, VARYING, Atom, Guard, Many, Ref, Test, Value, both, constant, is_const, join
+from rankwise.check.values import UNKNOWN, VARYING, Atom, Guard, Many, Ref, Test, Value, both, constant, is_const, join, of
 
 _How = Literal["return", "exit", "raise", "continue", "break"]
 _MAX_DEPTH = 60
@@ -230,7 +232,10 @@ class Walker(Caller):
 
     def _assign_name(self, name: str, value: Value) -> None:
         if value.test is not None:
-            value = replace(value, test=_named(value.test, name))
+            value = replace(value, test=_named(value.test, name, value.trail[:1]))
+        kind = facts.NAMED.get(name)
+        if kind and value in (UNKNOWN, VARYING):
+            value = of(kind)  # its origin is not seen: the name is the only witness
         self.variables[name] = value
         if self.trace.function is None or name in self.global_names:
             known = self.module.globals.get(name)
@@ -239,7 +244,7 @@ class Walker(Caller):
     def _assign_attribute(self, target: ast.Attribute, value: Value) -> None:
         path = self.path_of(target)
         if value.test is not None:
-            value = replace(value, test=_named(value.test, self.module.text(target)))
+            value = replace(value, test=_named(value.test, self.module.text(target), value.trail[:1]))
         if path is not None:
             self.variables[path] = value
         base = self.evaluate(target.value)
@@ -277,9 +282,9 @@ def _opposite(test: Test) -> tuple[Atom, ...]:
     return tuple(atom.opposite for atom in test.when_true) if len(test.when_true) == 1 else ()
 
 
-def _named(test: Test, name: str) -> Test:
-    def put(guard: tuple[Atom, ...]) -> tuple[Atom, ...]:
-        return tuple(replace(atom, named=name) for atom in guard)
+def _named(test: Test, name: str, step: tuple[Step, ...]) -> Test:
+    def put(guard: Guard) -> Guard:
+        return tuple(replace(atom, named=name, trail=(*step, *atom.trail)) for atom in guard)
 
     return Test(put(test.when_true), put(test.when_false))
 

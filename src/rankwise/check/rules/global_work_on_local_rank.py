@@ -32,7 +32,7 @@ import ast
 from collections.abc import Iterator
 
 from rankwise.check.explore import whole_guard
-from rankwise.check.finding import Finding
+from rankwise.check.finding import Finding, Step
 from rankwise.check.program import Program
 from rankwise.check.trace import Call
 from rankwise.check.values import Atom, Guard
@@ -46,10 +46,10 @@ def check(program: Program) -> Iterator[Finding]:
             continue
         atom = local_main(whole_guard(program, call))
         work = global_work(program, call) if atom is not None else None
-        if atom is None or work is None or (call.callee is not None and _only_here(program, call)):
+        if atom is None or work is None:
             continue
         finding = _finding(call, atom, work)
-        key = (finding.path, finding.line, finding.column)
+        key = (finding.path, finding.line)
         if key not in seen:
             seen.add(key)
             yield finding
@@ -64,16 +64,23 @@ def local_main(guard: Guard) -> Atom | None:
     return next((atom for atom in guard if atom.scope == "local_rank" and atom.which == "main" and atom.sure), None)
 
 
-def _only_here(program: Program, call: Call) -> bool:
-    return False
-
-
 def _finding(call: Call, atom: Atom, work: str) -> Finding:
-    message = f"local rank 0 of every node does this: {work}. Guard it by the global rank"
     place: ast.expr = atom.place if atom.place is not None else call.node
-    if atom.named and not atom.named.endswith("()") and atom.trail:
-        step = atom.trail[-1]
-        message = f"{atom.named} is true on local rank 0 of every node, and guards {work}. Take the global rank"
-        found = call.module.finding("RW201", place, "error", message, atom.trail)
-        return Finding("RW201", step.path, step.line, 1, step.line, 1, "error", message, (*found.trail,))
-    return call.module.finding("RW201", place, "error", message, atom.trail)
+    step = _origin(atom)
+    if step is None:
+        message = f"local rank 0 of every node does this: {work}. Guard it by the global rank"
+        return call.module.finding("RW201", place, "error", message, atom.trail)
+    message = (
+        f"{atom.named} is true on local rank 0 of every node, and in line {call.node.lineno} guards {work}. "
+        "Take the global rank"
+    )
+    return Finding("RW201", step.path, step.line, 1, step.line, 1, "error", message, atom.trail)
+
+
+def _origin(atom: Atom) -> Step | None:
+    """Where a named test went wrong: the first name on its way that does not say "local"; None without a name."""
+    if not atom.named:
+        return None
+    named = [step for step in atom.trail if " <- " in step.text and "local" not in step.text.partition(" <- ")[0].lower()]
+    named = [step for step in named if " of " not in step.text.partition(" <- ")[0]]
+    return named[-1] if named else None
