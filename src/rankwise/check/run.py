@@ -14,7 +14,8 @@ from rankwise.check.files import Lines
 from rankwise.check.finding import CannotParse, Finding
 from rankwise.check.ignore import IgnoreComments
 
-_IMPORT = re.compile(r"^[ \t]*(?:from|import)[ \t]+([^#\n]*?(?:\([^)]*\)|$))", re.MULTILINE)
+# Up to the end of the line, or of the brackets; also in strings, which at worst keeps files together.
+_IMPORT = re.compile(r"\b(?:from|import)\b((?:[^#\n\\(]|\\\r?\n|\((?:[^)#]|#[^\n]*){0,20000}+\))*+)")
 _WORD = re.compile(r"\w+")
 
 
@@ -128,6 +129,8 @@ def _analyze(texts: Mapping[str, str], enabled: Collection[str]) -> Analysis:
     except (Exception, RecursionError) as error:
         if len(texts) == 1:
             said = f"this rankwise fails on it ({type(error).__name__}: {error}); please report it"
+            if isinstance(error, RecursionError | MemoryError):
+                said = "it is nested too deeply to be checked"
             return Analysis((), (CannotParse(next(iter(texts)), 1, said),))
     alone = {path: _analyze({path: text}, enabled) for path, text in texts.items()}
     failing = [error for part in alone.values() for error in part.cannot_parse]

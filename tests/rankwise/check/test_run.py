@@ -64,20 +64,29 @@ def test_comments_without_effect_are_reported_where_that_was_asked_for() -> None
     assert Checker(Config(unused_ignores=True)).find({"a.py": quiet}) == []
 
 
-def test_a_file_that_the_engine_fails_on_is_told_of_and_the_others_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RecursionError("deep"), "it is nested too deeply to be checked"),
+        (KeyError("x"), "this rankwise fails on it (KeyError: 'x'); please report it"),
+    ],
+)
+def test_a_file_that_the_engine_fails_on_is_told_of_and_the_others_are_checked(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from rankwise.check import run
 
     analyze = run.analyze
 
     def fail(sources: Mapping[str, str], enabled: Collection[str]) -> Analysis:
         if any("boom" in text for text in sources.values()):
-            raise RecursionError("too deep")
+            raise error
         return analyze(sources, enabled)
 
     monkeypatch.setattr(run, "analyze", fail)
     found = Checker(Config()).find({"a.py": TEXT, "b.py": "boom"})
     assert places(found) == [("a.py", 1, "RW101"), ("a.py", 2, "RW303"), ("b.py", 1, "RW000")]
-    assert "this rankwise fails on it (RecursionError: too deep)" in found[2].message
+    assert message in found[2].message
 
 
 @pytest.mark.parametrize("num_jobs", [2, 3, 8])
@@ -97,12 +106,16 @@ def test_files_that_import_each_other_stay_together() -> None:
         "lone.py": "import torch\n",
         "inner/deep.py": "if True:\n    from . import other\n",
         "inner/other.py": "",
-        "said.py": "x = 'from lone'\n",
+        "one.py": "",
+        "two.py": "try: import a, \\\n    one\nfinally: x = 1\n",
+        "three.py": "",
+        "four.py": "x = 1; from a import (b,  # not c)\n    three)\n",
     }
     groups = sorted(sorted(group) for group in separate(texts))
     assert groups == [
         ["eval.py", "pkg/__init__.py", "pkg/helpers.py", "train.py"],
+        ["four.py", "three.py"],
         ["inner/deep.py", "inner/other.py"],
         ["lone.py"],
-        ["said.py"],
+        ["one.py", "two.py"],
     ]
