@@ -79,11 +79,12 @@ def table(counts: Counts, exhaustive: set[str]) -> Iterator[str]:
         mark = "" if code in exhaustive else " (recall only)"
         precision = "" if mark else ratio(found, found + false)
         name = f"{code} {RULES[code].name}{mark}"
-        yield f"| {name} | {found} | {missed} | {false} | {own['negatives']} | {precision} | {ratio(found, found + missed)} |"
+        cells = (name, found, missed, false, own["negatives"], precision, ratio(found, found + missed))
+        yield f"| {' | '.join(map(str, cells))} |"
     errors = sum(total[key] for key in ("found error",))
     everything = errors + total["found other"]
     yield (
-        f"| **error labels of the rules looked for everywhere** | {errors} | {total['missed error']} | {total['false']} | "
+        f"| **errors, rules looked for everywhere** | {errors} | {total['missed error']} | {total['false']} | "
         f"{total['negatives']} | {ratio(everything, everything + total['false'])} | "
         f"{ratio(errors, errors + total['missed error'])} |"
     )

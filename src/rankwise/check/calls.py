@@ -6,9 +6,10 @@ import ast
 import re
 from dataclasses import replace
 
-from rankwise.check import facts
-from rankwise.check.evaluate import Bound, ClassRef, Evaluator, Instance
+from rankwise.check import facts, libraries
+from rankwise.check.evaluate import Evaluator
 from rankwise.check.finding import Step
+from rankwise.check.objects import Bound, ClassRef, Instance
 from rankwise.check.program import Program
 from rankwise.check.source import Class, Function
 from rankwise.check.trace import Call, Item, Trace
@@ -27,6 +28,7 @@ from rankwise.check.values import (
     Value,
     const,
     constant,
+    holding,
     is_const,
     join,
     of,
@@ -151,12 +153,10 @@ class Caller(Evaluator):
 
     def call_bound(self, function: Function, owner: Value | None, given: dict[str, Value], varies: bool) -> Value:
         """What a function of the given files returns for these arguments."""
-        if self.depth < _MAX_INLINE and _is_small(function):
+        if self.depth < _MAX_INLINE and function.is_small:
             key = (
                 function,
-                tuple(
-                    sorted((name, value.kind, str(value.test), str(value.data)[:80]) for name, value in given.items())
-                ),
+                tuple(sorted((name, _shape(value)) for name, value in given.items())),
             )
             memory = self.program.inlined
             if key not in memory:
@@ -182,25 +182,21 @@ class Caller(Evaluator):
         known = self._of_environment(made)
         if known is not None:
             return known
-        thing = facts.made(name, made.argument(0, "module", "model", "sampler"), made.node.lineno)
+        inner = made.argument(-1, "sampler") if last == "DataLoader" else made.argument(0, "module", "model")
+        plain = Value(data=Thing(inner.data.tag)) if isinstance(inner.data, Thing) else UNKNOWN
+        thing = libraries.made(name, plain, made.node.lineno)
         if thing is not None:
-            if thing.tag == "loader":
-                thing = replace(thing, inner=made.argument(-1, "sampler"))
             return Value("", varies and thing.tag == "path", None, thing)
         if last in _UNWRAP:
             return Value(data=Thing("bare"))
         if facts.is_varying(name):
             return VARYING
         if last == "device_name" or name == "torch.device":
-            return Value("", varies, None, DeviceName(made.argument(1 if name == "torch.device" else 0, "index")))
+            return _device(made.argument(1 if name == "torch.device" else 0, "index"), varies)
         if receiver is not None:
             if last == "format" and isinstance(constant(receiver), str):
                 text = str(constant(receiver))
-                return (
-                    Value("", varies, None, DeviceName(made.argument(0)))
-                    if text.startswith("cuda:{")
-                    else _varying(varies)
-                )
+                return _device(made.argument(0), varies) if text.startswith("cuda:{") else _varying(varies)
             if last in _SAME_OBJECT and not isinstance(receiver.data, Ref) and not receiver.test:
                 return receiver
         value = facts.called(name) if not isinstance(receiver.data if receiver else None, Thing) else _of_thing(made)
@@ -265,7 +261,20 @@ class Caller(Evaluator):
 
 def _of_thing(made: Call) -> Value | None:
     thing = made.receiver.data if made.receiver is not None else None
-    return facts.attribute(thing, made.last) if isinstance(thing, Thing) else None
+    return libraries.attribute(thing, made.last) if isinstance(thing, Thing) else None
+
+
+def _shape(value: Value) -> str:
+    """What of an argument may change what a function returns."""
+    data = value.data
+    if isinstance(data, Many):
+        return f"{value.kind}[{' '.join(_shape(item) for item in data.items)}]"
+    known = data.value if isinstance(data, Const) else data.tag if isinstance(data, Thing) else type(data).__name__
+    return f"{value.kind} {value.varies} {value.test is not None and str(value.test)} {known!r:.60}"
+
+
+def _device(index: Value, varies: bool) -> Value:
+    return holding(DeviceName(index), (index,), varies)
 
 
 def _varying(varies: bool) -> Value:
@@ -282,11 +291,6 @@ def _positional(callee: Function) -> list[str]:
     names = [one.arg for one in (*given.posonlyargs, *given.args)]
     static = any(isinstance(one, ast.Name) and one.id == "staticmethod" for one in callee.node.decorator_list)
     return names[1:] if callee.owner is not None and not static else names
-
-
-def _is_small(function: Function) -> bool:
-    body = function.node.body
-    return len(body) <= 5 and sum(1 for _ in ast.walk(function.node)) < 120
 
 
 def _by_helper(test: Test, function: Function) -> Test:

@@ -21,8 +21,11 @@ from rankwise.check.values import (
     unsure,
 )
 
-_RANK_NAME = re.compile(r"rank|gpu|proc(?:ess)?_?(?:id|index|idx)|worker_?id|node_?id|machine_?id|task_?id|device|shard_id|ordinal")
+_RANK_NAME = re.compile(
+    r"(?:^|_)(?:rank|gpu|gpu_?id|(?:proc|process|worker|node|machine|task)_?(?:id|index|idx)|device|device_?id|shard_id|ordinal)$"
+)
 _NOTHING = Test()
+_DOUBT = Test((Atom("some", "main", False),), (Atom("some", "others", False),))
 _SINGLE = Test((Atom("single", "main"),), ())
 _SCOPES = {"local_rank": "local_rank", "node_rank": "node_rank"}
 
@@ -33,7 +36,7 @@ def truth(value: Value, text: str) -> Test:
         return value.test
     if value.kind in RANKS or value.kind == "node_rank":
         return ~_main(value)
-    return _NOTHING
+    return _DOUBT if value.varies else _NOTHING
 
 
 def _main(value: Value) -> Test:
@@ -62,13 +65,15 @@ def compare(left: Value, operator: ast.cmpop, right: Value, text: str) -> Test |
     return _number(left, operator, number, text)
 
 
-def by_name(text: str, operator: ast.cmpop, right: Value) -> Test | None:
+def by_name(text: str, left: Value, operator: ast.cmpop, right: Value) -> Test | None:
     """A number that is called a rank compared with 0: enough to be silent, too little to report."""
     last = text.rpartition(".")[2].lower()
     number = constant(right)
-    if isinstance(number, bool) or not isinstance(number, int) or not _RANK_NAME.search(last):
+    if left.varies or right.varies:
+        return _DOUBT
+    if isinstance(number, bool) or number != 0 or not _RANK_NAME.search(last):
         return None
-    test = _number(Value("rank"), operator, number, text) or _NOTHING
+    test = _number(Value("rank"), operator, 0, text) or _NOTHING
     return Test(unsure(test.when_true), unsure(test.when_false))
 
 

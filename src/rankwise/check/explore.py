@@ -6,16 +6,15 @@ import ast
 import re
 from collections.abc import Mapping
 
-from rankwise.check import facts
-from rankwise.check.evaluate import Bound, Instance
+from rankwise.check import facts, libraries
 from rankwise.check.finding import CannotParse
+from rankwise.check.objects import Bound, Instance
 from rankwise.check.program import Program
 from rankwise.check.source import Class, Function, Module
 from rankwise.check.trace import Call, Trace
 from rankwise.check.values import UNKNOWN, Atom, Guard, Many, Ref, Thing, Value, both, constant, is_const, join, of
 from rankwise.check.walk import Walker
 
-_ROUNDS = 3
 _MANY_NODES = re.compile(
     r"node_rank|nnodes|num_nodes|num_machines|machine_rank|n_nodes|NODE_RANK|nodes_num|node_id|args\.nodes"
 )
@@ -25,19 +24,21 @@ def explore(sources: Mapping[str, str | bytes]) -> Program:
     """The program, with a trace of every function of the files that matter."""
     program = Program(sources)
     program.inline = lambda function, owner, given, depth: _inline(program, function, owner, given, depth)
-    for _ in range(_ROUNDS):
+    # First as the file is written, so that the results of helpers are known to who comes after them; then backwards,
+    # so that what the last function hands down goes all the way in one round.
+    for backwards in (False, True):
         program.traces, program.trace_of, program.inlined = [], {}, {}
         seen = 0
         while seen < len(program.modules):  # running one may load another
             modules = program.modules
             for module in modules[seen:]:
-                _run_module(program, module)
+                _run_module(program, module, backwards)
             seen = len(modules)
     _link(program)
     return program
 
 
-def _run_module(program: Program, module: Module) -> None:
+def _run_module(program: Program, module: Module, backwards: bool) -> None:
     trace = Trace(module, None)
     walker = Walker(program, trace, {})
     try:
@@ -45,7 +46,7 @@ def _run_module(program: Program, module: Module) -> None:
             _run_class(program, owner)
         walker.run(module.tree.body)
         program.traces.append(trace)
-        for function in module.functions:
+        for function in reversed(module.functions) if backwards else module.functions:
             _run_function(program, function)
     except RecursionError:
         program.cannot_parse[module.path] = CannotParse(module.path, 1, "cannot parse: nested too deeply")
@@ -83,9 +84,7 @@ def _run_function(program: Program, function: Function) -> None:
     trace = Trace(function.module, function, _guard_of(program, function))
     walker = Walker(program, trace, _parameters(program, function, function.arguments, None))
     walker.guard = trace.guard
-    walker.global_names = frozenset(
-        name for node in ast.walk(function.node) if isinstance(node, ast.Global) for name in node.names
-    )
+    walker.global_names = function.global_names
     try:
         walker.run(function.node.body)
     except RecursionError:
@@ -149,7 +148,9 @@ def _unwrapped(module: Module) -> set[str]:
 def _by_name(names: Walker, function: Function, parameter: ast.arg, value: Value) -> Value:
     annotation = ast.unparse(parameter.annotation) if parameter.annotation is not None else ""
     tag = annotation.strip("'\"").rpartition(".")[2]
-    if tag in facts.ACCELERATOR or (parameter.arg == "accelerator" and "accelerate" in names.module.imports.values()):
+    if tag in libraries.ACCELERATOR or (
+        parameter.arg == "accelerator" and "accelerate" in names.module.imports.values()
+    ):
         return Value(data=Thing("accelerator"))
     if "DistributedDataParallel" in annotation or tag == "DDP":
         return Value(data=Thing("ddp"))

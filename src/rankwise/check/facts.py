@@ -1,4 +1,4 @@
-"""What the checker knows of launchers and libraries: names of variables, functions and attributes.
+"""What the checker knows of names: variables of launchers, functions that give ranks, guards.
 
 A dotted name counts when it is imported under it. The last part alone counts where the file that defines it was not
 given; then it is the only witness there is.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from rankwise.check.values import Atom, Kind, Many, Thing, Value, of, testing
+from rankwise.check.values import Atom, Kind, Many, Value, of, testing
 
 ENVIRONMENT: dict[str, Kind] = {
     "RANK": "rank",
@@ -118,9 +118,12 @@ _DISTRIBUTED = re.compile(
     r"is_initialized|avail_and_init|available_and_initialized))?_?"
 )
 _ONLY_MAIN = re.compile(
-    r"_?(?:(?:only_)?on_)?(?:global_)?(?:main|master|rank_?(?:zero|0)|root)(?:_(?:process|rank|worker))?(?:_only|_call)?"
+    r"_?(?:only_(?:on_)?|on_|run_on_|global_)*(?:main_process|master_process|rank_?(?:zero|0)|(?:main|master|root)(?=_only|_call))"
+    r"(?:_(?:process|rank|worker))?(?:_only|_call|_fn)?"
 )
-_ONLY_LOCAL_MAIN = re.compile(r"_?(?:on_)?local_(?:main|master|rank_?(?:zero|0)|root)(?:_(?:process|rank))?(?:_only)?")
+_ONLY_LOCAL_MAIN = re.compile(
+    r"_?(?:only_(?:on_)?|on_)?local_(?:main_process|master_process|rank_?(?:zero|0)|(?:main|master|root)(?=_only))(?:_(?:process|rank))?(?:_only)?"
+)
 _EXITS = frozenset({"sys.exit", "exit", "quit", "os._exit", "os.abort"})
 _VARYING = frozenset(
     [
@@ -199,178 +202,3 @@ def called(name: str) -> Value | None:
     if name in ("torch.distributed.is_initialized", "torch.distributed.is_available") or says_distributed(last):
         return None
     return named_test(last)
-
-
-ACCELERATOR = frozenset({"Accelerator", "PartialState", "AcceleratorState"})
-TRAINERS = frozenset({"Trainer", "Seq2SeqTrainer", "SFTTrainer"})
-_MADE = {
-    "DistributedDataParallel": "ddp",
-    "DDP": "ddp",
-    "MMDistributedDataParallel": "ddp",
-    "FullyShardedDataParallel": "fsdp",
-    "FSDP": "fsdp",
-    "DistributedSampler": "sampler",
-    "DataLoader": "loader",
-    "SummaryWriter": "tracker",
-    "Path": "path",
-    "PosixPath": "path",
-    "Accelerator": "accelerator",
-    "PartialState": "accelerator",
-    "AcceleratorState": "accelerator",
-    "Fabric": "fabric",
-    "Popen": "process",
-}
-
-
-def made(name: str, inner: Value, line: int) -> Thing | None:
-    """The object that a constructor of a known library makes."""
-    last = name.rpartition(".")[2]
-    if last == "Trainer" and ("lightning" in name or name in ("pl.Trainer", "L.Trainer")):
-        return Thing("lightning", inner, line)
-    if name == "deepspeed.initialize":
-        return Thing("deepspeed", inner, line)
-    if last == "fully_shard" and "torch" in name:
-        return Thing("fsdp", inner, line)
-    tag = _MADE.get(last)
-    return Thing(tag, inner, line) if tag else None
-
-
-_ACCELERATE: dict[str, Kind] = {
-    "process_index": "rank",
-    "local_process_index": "local_rank",
-    "num_processes": "world_size",
-}
-_LIGHTNING: dict[str, Kind] = {
-    "global_rank": "rank",
-    "local_rank": "local_rank",
-    "node_rank": "node_rank",
-    "world_size": "world_size",
-}
-
-
-def attribute(thing: Thing, name: str) -> Value | None:
-    """What an attribute of a known library's object holds."""
-    if thing.tag == "accelerator" and name in _ACCELERATE:
-        return of(_ACCELERATE[name])
-    if thing.tag in ("lightning", "fabric") and name in _LIGHTNING:
-        return of(_LIGHTNING[name])
-    if name == "module" and thing.tag in ("ddp", "fsdp", "deepspeed"):
-        return thing.inner if isinstance(thing.inner.data, Thing) else Value(data=Thing("bare"))
-    if thing.tag == "loader" and name == "sampler":
-        return thing.inner
-    return named_test(name)
-
-
-_COLLECTIVES = frozenset(
-    [
-        "barrier",
-        "monitored_barrier",
-        "all_reduce",
-        "all_gather",
-        "all_gather_into_tensor",
-        "all_gather_object",
-        "all_to_all",
-        "all_to_all_single",
-        "broadcast",
-        "broadcast_object_list",
-        "reduce",
-        "gather",
-        "gather_object",
-        "scatter",
-        "scatter_object_list",
-        "reduce_scatter",
-        "reduce_scatter_tensor",
-        "new_group",
-        "new_subgroups",
-        "init_process_group",
-        "all_reduce_coalesced",
-        "all_gather_coalesced",
-        "init_device_mesh",
-    ]
-)
-_BY_NAME_ALONE = frozenset(
-    [
-        "barrier",
-        "monitored_barrier",
-        "wait_for_everyone",
-        "all_reduce",
-        "all_gather",
-        "all_gather_object",
-        "all_gather_into_tensor",
-        "allreduce",
-        "allgather",
-        "allgather_object",
-        "broadcast_object_list",
-        "broadcast_object",
-        "gather_object",
-        "gather_for_metrics",
-        "block_all",
-        "sync_all_reduce",
-        "all_reduce_mean",
-        "reduce_scatter",
-        "all_to_all",
-        "wait_for_all_processes",
-        "synchronize_between_processes",
-        "reduce_across_processes",
-        "allreduce_",
-        "gather_rows",
-        "broadcast_tensors",
-        "sync_ranks",
-    ]
-)
-_OF_ACCELERATOR = frozenset(["wait_for_everyone", "gather", "gather_for_metrics", "reduce", "pad_across_processes"])
-_OF_FABRIC = frozenset(["barrier", "all_gather", "all_reduce", "broadcast", "setup", "setup_module", "save"])
-_OF_HOROVOD = frozenset(
-    [
-        "allreduce",
-        "allgather",
-        "broadcast",
-        "broadcast_object",
-        "broadcast_parameters",
-        "broadcast_optimizer_state",
-        "join",
-        "barrier",
-        "alltoall",
-        "allgather_object",
-    ]
-)
-_OF_RANKWISE = frozenset(["barrier", "agree", "broadcast_object", "gather_objects", "gather_rows", "raise_together"])
-_OF_DCP = frozenset(["save", "load", "async_save", "save_state_dict", "load_state_dict"])
-
-
-def collective(name: str, receiver: Value | None) -> str | None:
-    """The collective that a call outside of the given files ends in; None where it ends in none."""
-    base, _, last = name.rpartition(".")
-    thing = receiver.data if receiver is not None else None
-    if isinstance(thing, Thing):
-        own = {"accelerator": _OF_ACCELERATOR, "fabric": _OF_FABRIC}.get(thing.tag)
-        if own is not None:
-            return last if last in own else None
-        return last if thing.tag == "lightning" and last == "save_checkpoint" else None
-    if base == "torch.distributed" or base.startswith(("torch.distributed.distributed_c10d", "deepspeed.comm")):
-        return last if last in _COLLECTIVES else None
-    if base in ("torch.distributed.checkpoint", "torch.distributed.checkpoint.state_dict_saver"):
-        return f"checkpoint.{last}" if last in _OF_DCP else None
-    if base.startswith("torch.distributed.nn"):
-        return last if last in _COLLECTIVES else None
-    if base.startswith("horovod"):
-        return last if last in _OF_HOROVOD else None
-    if base.partition(".")[0] == "rankwise":
-        return last if last in _OF_RANKWISE else None
-    if base.startswith(("torch.", "threading", "multiprocessing", "numpy", "jax")) or base in ("torch", "asyncio"):
-        return None
-    if last in ("rendezvous", "mesh_reduce", "all_reduce") and base.startswith("torch_xla"):
-        return last
-    if last == "save_checkpoint" and re.fullmatch(r"(?:self\.)?_?(?:pl_)?trainer(?:\.strategy)?", base):
-        return last
-    if last == "synchronize" and re.search(r"dist|comm", base):
-        return last
-    return last.lower() if last.lower() in _BY_NAME_ALONE else None
-
-
-STARTS = re.compile(
-    r"(?:init|setup|initialize|prepare|launch|start|create|set_up)_?(?:for_)?(?:torch_|pytorch_)?(?:ddp|dist|distributed|process_group|parallel|distributed_mode"
-    r"|dist_pytorch|distributed_training|fsdp|distributed_device|distributed_environment|distributed_backend|torch_distributed)"
-    r"|(?:ddp|dist|distributed|fsdp)_?(?:init|setup|initialize)|init_process_group|init_distributed.*|init_dist.*|setup_ddp.*|setup_dist.*"
-)
-"""Functions that join the ranks; who calls one runs on every rank."""

@@ -127,7 +127,7 @@ class Program:
         """The given files that a file imports something from."""
         if module not in self._imported:
             found: list[Module] = []
-            for dotted in dict.fromkeys(module.imports.values()):
+            for dotted in dict.fromkeys((*module.imports.values(), *module.stars)):
                 one = self.module_named(dotted, module) or self.module_named(dotted.rpartition(".")[0], module)
                 if one is not None and one not in found:
                     found.append(one)

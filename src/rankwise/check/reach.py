@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from rankwise.check import facts
+from rankwise.check import libraries
 from rankwise.check.explore import whole_guard
 from rankwise.check.program import Program
 from rankwise.check.source import Class, Function
 from rankwise.check.trace import Branch, Call, Item, Loop, Trace
-from rankwise.check.values import Atom, Guard, Thing
+from rankwise.check.values import Atom, Guard, Thing, constant
 
 _RANK_SCOPES = ("rank", "local_rank", "node_rank", "some")
 _JOINS = frozenset({"ddp", "fsdp", "sampler", "accelerator", "fabric", "deepspeed"})
@@ -37,17 +37,21 @@ def _many_ranks(program: Program) -> set[object]:
             callee = _function_of(program, call)
             if callee is not None and not call.uncertain:
                 callers.setdefault(callee, []).append(call)
-    found = {key for key, trace in by_key.items() if key in program.started or _has_evidence(trace)}
+    found = {
+        key
+        for key, trace in by_key.items()
+        if key in program.started or (_has_evidence(trace) and not trace.module.is_test)
+    }
     parents = {key for key, trace in by_key.items() if any(_starts_processes(call) for call in trace.calls)}
     found -= parents
-    waiting = list(found)
-    while waiting:  # up: who calls what joins the ranks, is on every rank too
+    waiting = [key for key, trace in by_key.items() if any(_starts(call) for call in trace.calls)]
+    while waiting:  # up: who calls what joins the ranks is on every rank too
         key = waiting.pop()
         if key in program.started:
             continue
         for call in callers.get(key, ()):
             above: object = call.caller or call.module
-            if above not in found and above not in parents:
+            if above not in found and above not in parents and not _in_test(call):
                 found.add(above)
                 waiting.append(above)
     waiting = list(found)
@@ -62,6 +66,18 @@ def _many_ranks(program: Program) -> set[object]:
     return found
 
 
+def _starts(call: Call) -> bool:
+    if constant(call.argument(-1, "world_size")) == 1:
+        return False
+    thing = libraries.made(call.name, call.function, 0) if call.callee is None else None
+    accelerate = thing is not None and thing.tag in ("accelerator", "fabric")
+    return accelerate or (call.callee is None and libraries.STARTS.fullmatch(call.last) is not None)
+
+
+def _in_test(call: Call) -> bool:
+    return call.module.is_test
+
+
 def _function_of(program: Program, call: Call) -> Function | None:
     return program.method(call.callee, "__init__") if isinstance(call.callee, Class) else call.callee
 
@@ -73,11 +89,13 @@ def _has_evidence(trace: Trace) -> bool:
 
 
 def _joins(call: Call) -> bool:
-    if call.callee is None and facts.collective(call.name, call.receiver):
+    if constant(call.argument(-1, "world_size")) == 1:
+        return False
+    if call.callee is None and libraries.collective(call.name, call.receiver):
         return True
-    if facts.STARTS.fullmatch(call.last):
+    if libraries.STARTS.fullmatch(call.last):
         return True
-    thing = facts.made(call.name, call.function, 0) if call.callee is None else None
+    thing = libraries.made(call.name, call.function, 0) if call.callee is None else None
     return isinstance(thing, Thing) and thing.tag in _JOINS
 
 
@@ -88,7 +106,7 @@ def _starts_processes(call: Call) -> bool:
 def _divides(items: list[Item]) -> bool:
     for item in items:
         if isinstance(item, Branch):
-            if any(_is_rank_atom(atom) for atom in (*item.test.when_true, *item.test.when_false)):
+            if any(_is_rank_atom(atom) and atom.sure for atom in (*item.test.when_true, *item.test.when_false)):
                 return True
             if _divides(item.then) or _divides(item.other):
                 return True

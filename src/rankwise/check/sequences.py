@@ -1,4 +1,4 @@
-"""Which collectives a rank comes to, and in which order, on the assumption that a test of ranks is true or false for it."""
+"""Which collectives a rank comes to, and in which order, if a test of ranks is true, or false, for it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ast
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
-from rankwise.check import facts
+from rankwise.check import libraries
 from rankwise.check.program import Program
 from rankwise.check.source import Class, Function
 from rankwise.check.trace import Branch, Call, Item, Leave, Loop, Trace
@@ -88,7 +88,7 @@ class Sequences:
             return () if call.uncertain else self._of_function(callee, assumption, depth)
         if _of_a_group(call):
             return ()
-        name = facts.collective(call.name, call.receiver)
+        name = libraries.collective(call.name, call.receiver)
         return (name,) if name else ()
 
     def _of_function(self, function: Function, assumption: Assumption | None, depth: int) -> tuple[str, ...]:
@@ -96,10 +96,10 @@ class Sequences:
         if key not in self._known:
             self._known[key] = ()
             trace = self.program.trace_of.get(function)
-            if trace is not None and depth < _MAX_DEPTH:
-                if assumption is None or assumption.allows(trace.guard):
-                    way = self.way(trace.items, assumption, depth + 1)
-                    self._known[key] = tuple(name for reached in way.reached for name in reached.names)
+            comes = trace is not None and (assumption is None or assumption.allows(trace.guard))
+            if trace is not None and comes and depth < _MAX_DEPTH:
+                way = self.way(trace.items, assumption, depth + 1)
+                self._known[key] = tuple(name for reached in way.reached for name in reached.names)
         return self._known[key]
 
     def way(self, items: list[Item], assumption: Assumption | None, depth: int = 0) -> _Way:
@@ -149,6 +149,8 @@ class Sequences:
             ways = [self.way(trace.items, Assumption(atom.scope, atom.text, is_main)) for is_main in (True, False)]
             for mine, others in ((ways[0], ways[1]), (ways[1], ways[0])):
                 for reached in _only(mine.reached, others.reached):
+                    if atom.scope == "some" and "init_process_group" in reached.names:
+                        continue  # a group of some ranks alone
                     leave = others.left if others.left is not None and _after(reached.call, others.left) else None
                     if leave is not None and leave.how == "raise":
                         continue

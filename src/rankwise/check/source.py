@@ -8,6 +8,7 @@ import re
 import tokenize
 import warnings
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import PurePosixPath
 
 from rankwise.check.finding import CannotParse, Edit, Finding, Severity, Step
@@ -33,6 +34,20 @@ class Function:
     arguments: dict[str, Value] = field(default_factory=dict)
     """What callers in the given files pass, joined."""
     result: Value | None = None
+
+    @cached_property
+    def is_small(self) -> bool:
+        """Whether it is worth while to look at what it returns for each call by itself."""
+        few = len(self.node.body) <= 5
+        return few and sum(1 for _ in ast.walk(self.node)) < 120
+
+    @cached_property
+    def global_names(self) -> frozenset[str]:
+        """The names that it assigns for the whole module."""
+        if not self.module.has_globals:
+            return frozenset()
+        found = (node for node in ast.walk(self.node) if isinstance(node, ast.Global))
+        return frozenset(name for node in found for name in node.names)
 
     @property
     def name(self) -> str:
@@ -72,10 +87,24 @@ class Module:
     """All, also methods and inner ones."""
     imports: dict[str, str] = field(default_factory=dict)
     """Local name -> dotted name."""
+    stars: list[str] = field(default_factory=list)
+    """Modules that it imports everything from."""
     globals: dict[str, Value] = field(default_factory=dict)
     loose: dict[str, Value] = field(default_factory=dict)
     """Attribute of an object of unknown class, such as parsed arguments -> the values that were put there, joined."""
     unwrapped: set[str] | None = None
+    texts: dict[ast.AST, str] = field(default_factory=dict)
+
+    @cached_property
+    def has_globals(self) -> bool:
+        """Whether a `global` statement may stand in it."""
+        return any(line.lstrip().startswith("global ") for line in self.lines)
+
+    @cached_property
+    def is_test(self) -> bool:
+        """Whether it is a file of tests, whose writes are nobody's checkpoints."""
+        name = self.parts[-1] if self.parts else ""
+        return name.startswith("test_") or name.endswith("_test") or name == "conftest"
 
     def column(self, line: int, offset: int) -> int:
         """The 0-based column in characters of ast's offset in bytes."""
@@ -89,11 +118,13 @@ class Module:
 
     def text(self, node: ast.AST, limit: int = 60) -> str:
         """The source of a node on one line, shortened."""
-        try:
-            text = ast.unparse(node)
-        except (RecursionError, ValueError):
-            return "..."
-        text = " ".join(text.split())
+        text = self.texts.get(node)
+        if text is None:
+            try:
+                text = " ".join(ast.unparse(node).split())
+            except (RecursionError, ValueError):
+                text = "..."
+            self.texts[node] = text
         return text if len(text) <= limit else text[: limit - 3] + "..."
 
     def edit(self, start: ast.expr | ast.stmt, replacement: str) -> Edit:
@@ -212,4 +243,7 @@ def _imports(module: Module) -> None:
                 above = package[: len(package) - node.level + 1] if node.level <= len(package) else ()
                 base = ".".join((*above, base) if base else above)
             for alias in node.names:
+                if alias.name == "*":
+                    module.stars.append(base)
+                    continue
                 module.imports[alias.asname or alias.name] = f"{base}.{alias.name}" if base else alias.name

@@ -20,12 +20,14 @@ Kind = Literal[
     "local_world_size",
     "num_nodes",
 ]
-"""Of a number. `spawn_rank`: the index that `mp.spawn` gives, local and, on one node, global too. `some_rank`: a rank, but
-nothing says of what. "": anything else."""
+"""Of a number. `spawn_rank`: the index that `mp.spawn` gives, local and, on one node, global too. `some_rank`: a rank,
+but it is not seen which. "": anything else."""
 
 RANKS: frozenset[str] = frozenset({"rank", "local_rank", "spawn_rank", "some_rank"})
 _PER_RANK: frozenset[str] = RANKS | {"node_rank"}
 _MAX_TRAIL = 6
+_MAX_NESTED = 3
+_MAX_ITEMS = 64
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class Value:
     data: object = None
     """What more is known, one of the classes below; None for nothing."""
     trail: tuple[Step, ...] = ()
+    depth: int = field(default=0, compare=False)
+    """How many values stand inside each other in `data`."""
 
     def via(self, text: str, path: str, line: int) -> Value:
         """The same after one more step, which is left out where it repeats the last."""
@@ -141,6 +145,15 @@ class Thing:
 
 def of(kind: Kind, step: Step | None = None, data: object = None) -> Value:
     return Value(kind, kind in _PER_RANK, None, data, (step,) if step else ())
+
+
+def holding(data: object, inner: Iterable[Value], varies: bool = False) -> Value:
+    """A value with others inside; nothing of them where they are nested too deeply or are too many."""
+    values = list(inner)
+    depth = 1 + max((value.depth for value in values), default=0)
+    if depth > _MAX_NESTED or len(values) > _MAX_ITEMS:
+        return Value("", varies)
+    return Value("", varies, None, data, depth=depth)
 
 
 def const(value: object) -> Value:

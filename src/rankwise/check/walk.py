@@ -7,14 +7,29 @@ from dataclasses import replace
 from typing import Literal
 
 from rankwise.check import facts
+from rankwise.check.arithmetic import merge
 from rankwise.check.calls import Caller
 from rankwise.check.conditions import truth
-from rankwise.check.evaluate import Instance, merge
 from rankwise.check.finding import Step
+from rankwise.check.objects import Instance
 from rankwise.check.program import Program
 from rankwise.check.source import FunctionNode
 from rankwise.check.trace import Branch, Item, Leave, Loop, Store, Trace
-from rankwise.check.values import UNKNOWN, VARYING, Atom, Guard, Many, Ref, Test, Value, both, constant, is_const, join, of
+from rankwise.check.values import (
+    UNKNOWN,
+    VARYING,
+    Atom,
+    Guard,
+    Many,
+    Ref,
+    Test,
+    Value,
+    both,
+    constant,
+    is_const,
+    join,
+    of,
+)
 
 _How = Literal["return", "exit", "raise", "continue", "break"]
 _MAX_DEPTH = 60

@@ -12,20 +12,79 @@ from rankwise.check.trace import Call, Trace
 from rankwise.check.values import Ref, Thing, constant
 
 _SECOND = frozenset(
-    ["torch.save", "numpy.save_", "safetensors.torch.save_model", "torch.jit.save", "torchvision.utils.save_image", "shutil.copy", "shutil.copyfile", "shutil.copy2", "shutil.copytree", "shutil.move", "omegaconf.OmegaConf.save", "soundfile.write_", "os.symlink", "pickle.dump_", "joblib.dump", "accelerator.save", "accelerate.utils.save", "torchaudio.save_"]
+    [
+        "torch.save",
+        "numpy.save_",
+        "safetensors.torch.save_model",
+        "torch.jit.save",
+        "torchvision.utils.save_image",
+        "shutil.copy",
+        "shutil.copyfile",
+        "shutil.copy2",
+        "shutil.copytree",
+        "shutil.move",
+        "omegaconf.OmegaConf.save",
+        "soundfile.write_",
+        "os.symlink",
+        "pickle.dump_",
+        "joblib.dump",
+        "accelerator.save",
+        "accelerate.utils.save",
+        "torchaudio.save_",
+    ]
 )
 _FIRST = frozenset(
-    ["numpy.save", "numpy.savez", "numpy.savez_compressed", "numpy.savetxt", "matplotlib.pyplot.savefig", "cv2.imwrite", "imageio.imwrite", "imageio.mimsave", "soundfile.write", "torchaudio.save", "scipy.io.wavfile.write", "torchvision.io.write_video", "torchvision.io.write_png"]
+    [
+        "numpy.save",
+        "numpy.savez",
+        "numpy.savez_compressed",
+        "numpy.savetxt",
+        "matplotlib.pyplot.savefig",
+        "cv2.imwrite",
+        "imageio.imwrite",
+        "imageio.mimsave",
+        "soundfile.write",
+        "torchaudio.save",
+        "scipy.io.wavfile.write",
+        "torchvision.io.write_video",
+        "torchvision.io.write_png",
+    ]
 )
 _METHODS = frozenset({"write_text", "write_bytes"})
 _FIRST_OF_METHOD = frozenset({"save_pretrained", "to_csv", "to_json", "to_parquet", "savefig", "to_pickle"})
 _SAME_EVERYWHERE = re.compile(r"token|processor|config|extractor|scheduler|feature", re.IGNORECASE)
 _ON_THIS_NODE = re.compile(r"tmp|temp|cache|scratch|local_dir|/dev/", re.IGNORECASE)
 TRACKERS = frozenset(
-    ["wandb.init", "mlflow.start_run", "neptune.init_run", "neptune.init", "comet_ml.Experiment", "comet_ml.start", "clearml.Task.init", "trackio.init", "aim.Run", "swanlab.init", "dvclive.Live", "sacred.Experiment"]
+    [
+        "wandb.init",
+        "mlflow.start_run",
+        "neptune.init_run",
+        "neptune.init",
+        "comet_ml.Experiment",
+        "comet_ml.start",
+        "clearml.Task.init",
+        "trackio.init",
+        "aim.Run",
+        "swanlab.init",
+        "dvclive.Live",
+        "sacred.Experiment",
+    ]
 )
-_TRACKED = frozenset({"wandb.log", "wandb.save", "wandb.finish", "wandb.log_artifact", "wandb.config.update", "mlflow.log_metric",
-    "mlflow.log_metrics", "mlflow.log_artifact", "mlflow.log_params", "swanlab.log", "wandb.watch"})  # fmt: skip
+_TRACKED = frozenset(
+    [
+        "wandb.log",
+        "wandb.save",
+        "wandb.finish",
+        "wandb.log_artifact",
+        "wandb.config.update",
+        "wandb.watch",
+        "mlflow.log_metric",
+        "mlflow.log_metrics",
+        "mlflow.log_artifact",
+        "mlflow.log_params",
+        "swanlab.log",
+    ]
+)
 _SAVES = re.compile(
     r"_?(?:save|export|upload|push|dump)_?(?:model|checkpoint|ckpt|snapshot|state|weights|to_hub|.*checkpoint.*|pretrained|.*ckpt.*)\w*"
 )
@@ -99,19 +158,14 @@ def _work(program: Program, call: Call, known: dict[Function, str | None], depth
         )
     if starts_tracker(call) or call.name in _TRACKED:
         return f"{shown}()"
-    if makes_folder(call) and not _checked(call):
+    if makes_folder(call):
         return f"{shown}() makes a folder"
-    if isinstance(call.callee, Class) or (
-        isinstance(call.receiver.data if call.receiver else None, Thing) and call.last != "save_state"
-    ):
+    thing = call.receiver.data if call.receiver is not None else None
+    if isinstance(call.callee, Class) or isinstance(thing, Thing):
         return None
     if _SAVES.fullmatch(call.last) and not call.name.startswith(("torch.", "tokenizer")):
         return f"{shown}()"
     return None
-
-
-def _checked(call: Call) -> bool:
-    return False
 
 
 def calls_with(program: Program) -> Iterator[tuple[Trace, Call]]:

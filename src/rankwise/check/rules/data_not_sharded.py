@@ -18,7 +18,7 @@ Every rank goes over the whole data: an epoch costs as much as on one device, an
 
 ## Known limits
 
-Only where the wrapper and the loader are in one file, and nothing in it names a sampler, a shard or a split of the data.
+Only where the wrapper and the loader are in one file, and nothing in it names a sampler or a shard.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def check(program: Program) -> Iterator[Finding]:
             continue
         for call in calls:
             text = module.lines[call.node.lineno - 1]
-            if call.last == "DataLoader" and call.callee is None and not _EVALUATES.search(text):
-                if constant(call.argument(2, "shuffle")) is True:
-                    message = "every rank trains on all of this data. Give each its share by a DistributedSampler"
-                    yield module.finding("RW502", call.node, "warning", message)
+            is_loader = call.last == "DataLoader" and call.callee is None and not _EVALUATES.search(text)
+            if is_loader and constant(call.argument(2, "shuffle")) is True:
+                message = "every rank trains on all of this data. Give each its share by a DistributedSampler"
+                yield module.finding("RW502", call.node, "warning", message)

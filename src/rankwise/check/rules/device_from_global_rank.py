@@ -50,9 +50,9 @@ def check(program: Program) -> Iterator[Finding]:
                 if _is_global(value):
                     yield from _report(trace, call, node, value, seen)
         for store in trace.stores:
-            if isinstance(store.target, ast.Subscript) and "VISIBLE_DEVICES" in trace.module.text(store.target):
-                if _is_global(store.value):
-                    yield _finding(trace, store.node, store.value, ())
+            is_list = isinstance(store.target, ast.Subscript) and "VISIBLE_DEVICES" in trace.module.text(store.target)
+            if is_list and _is_global(store.value):
+                yield _finding(trace, store.node, store.value, ())
     yield from _passed_as_local(program)
 
 

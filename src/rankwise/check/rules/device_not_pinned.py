@@ -35,7 +35,9 @@ from rankwise.check.source import Module
 from rankwise.check.trace import Call
 from rankwise.check.values import constant
 
-_PINS = re.compile(r"set_device|VISIBLE_DEVICES|torch\.(?:cuda\.)?device\(|get_device|device_id\s*=|get_accelerator|accelerat|xla|jax")
+_PINS = re.compile(
+    r"set_device|VISIBLE_DEVICES|torch\.(?:cuda\.)?device\(|get_device|device_id\s*=|get_accelerator|accelerat|xla|jax"
+)
 _USES = re.compile(r"cuda|\.to\((?:self\.)?(?:gpu|rank|local_rank)|nccl")
 
 
@@ -47,7 +49,7 @@ def check(program: Program) -> Iterator[Finding]:
             backend = constant(call.argument(0, "backend"))
             if backend in ("gloo", "mpi") or not _unpinned(program, trace.module, call):
                 continue
-            message = "no process chooses its accelerator before this; all use the first. Call torch.cuda.set_device(local_rank)"
+            message = "no process chooses its accelerator, so all use the first. Call torch.cuda.set_device(local_rank)"
             yield trace.module.finding("RW102", call.node, "warning", message)
 
 

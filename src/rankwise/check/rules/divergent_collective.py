@@ -41,7 +41,6 @@ from rankwise.check.source import Module
 from rankwise.check.trace import Branch, Call, Item, Loop
 from rankwise.check.values import Atom
 
-
 _FILE_TEST = re.compile(r"\b(?:exists|isfile|is_file|isdir|is_dir)\([^()]*(?:\([^()]*\))?\)$")
 
 
@@ -88,7 +87,9 @@ def _file_branches(items: list[Item], sequences: Sequences) -> Iterator[Differen
                 for reached in sequences.way(item.then, None).reached:
                     if reached.call.callee is None and reached.names[0].startswith("broadcast_object"):
                         place = item.node.test if isinstance(item.node, ast.If) else None
-                        yield Difference(reached.call, reached.names, Atom("some", "main", text=item.text, place=place), None)
+                        yield Difference(
+                            reached.call, reached.names, Atom("some", "main", text=item.text, place=place), None
+                        )
 
 
 def who(difference: Difference) -> str:

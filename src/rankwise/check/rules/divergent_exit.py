@@ -22,8 +22,8 @@ The ranks that stay wait in the collective for those that left, until the timeou
 
 ## Known limits
 
-An exception that some ranks raise is not reported: it ends the job by itself. Ranks outside of a process group are meant
-to leave before its collectives.
+An exception that some ranks raise is not reported: it ends the job by itself. Ranks outside of a process group are
+meant to leave before its collectives.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def check(program: Program) -> Iterator[Finding]:
         if leave is not None:
             call = difference.call
             message = (
-                f"some ranks leave here; the others go on to {module.text(call.node.func)}() in line {call.node.lineno} "
-                "and wait there until the timeout"
+                f"some ranks leave here; the others go on to {module.text(call.node.func)}() in line "
+                f"{call.node.lineno} and wait there until the timeout"
             )
             trail = (Step(f"{difference.names[0]}: {module.text(call.node)}", module.path, call.node.lineno),)
             yield module.finding("RW402", leave.node, "error", message, trail + difference.atom.trail)

@@ -41,7 +41,50 @@ from rankwise.check.values import Thing, constant
 
 _NO_TRAINING = re.compile(r"val|test|eval|infer|dev(?!ice)|predict|sequential", re.IGNORECASE)
 _HARMLESS = frozenset(
-    ["len", "iter", "next", "enumerate", "print", "isinstance", "tqdm", "zip", "hasattr", "id", "type", "getattr", "islice", "cycle", "range", "min", "max", "int", "float", "DataLoader", "BatchSampler", "trange", "list", "append", "info", "debug", "log", "str", "repr", "format", "set_description", "device_prefetch", "MultiEpochsDataLoader", "DataLoaderX", "DistributedSampler", "prepare", "ceil", "floor", "get_linear_schedule_with_warmup", "get_cosine_schedule_with_warmup", "get_scheduler", "OneCycleLR"]
+    [
+        "len",
+        "iter",
+        "next",
+        "enumerate",
+        "print",
+        "isinstance",
+        "tqdm",
+        "zip",
+        "hasattr",
+        "id",
+        "type",
+        "getattr",
+        "islice",
+        "cycle",
+        "range",
+        "min",
+        "max",
+        "int",
+        "float",
+        "DataLoader",
+        "BatchSampler",
+        "trange",
+        "list",
+        "append",
+        "info",
+        "debug",
+        "log",
+        "str",
+        "repr",
+        "format",
+        "set_description",
+        "device_prefetch",
+        "MultiEpochsDataLoader",
+        "DataLoaderX",
+        "DistributedSampler",
+        "prepare",
+        "ceil",
+        "floor",
+        "get_linear_schedule_with_warmup",
+        "get_cosine_schedule_with_warmup",
+        "get_scheduler",
+        "OneCycleLR",
+    ]
 )
 
 
@@ -49,11 +92,17 @@ def check(program: Program) -> Iterator[Finding]:
     for module in program.modules:
         traces = [trace for trace in program.traces if trace.module is module]
         samplers = [(trace, call) for trace in traces for call in trace.calls if _is_shuffling(call)]
-        if not samplers or _sets_epoch(program, module) or not _has_epochs(traces) or _hands_over(traces):
+        if (
+            not samplers
+            or _has_unknown_star(program, module)
+            or _sets_epoch(program, module)
+            or not _has_epochs(traces)
+            or _hands_over(traces)
+        ):
             continue
         for trace, call in samplers:
             if not _is_for_evaluation(trace, call):
-                message = "nothing calls set_epoch() on this sampler; every epoch has the same order. Call it before each epoch"
+                message = "no set_epoch() for this sampler: every epoch has the same order. Call it before each epoch"
                 yield module.finding("RW501", call.node, "error", message, (), _edits(module, traces, trace, call))
 
 
@@ -65,9 +114,15 @@ def _is_shuffling(call: Call) -> bool:
 
 def _sets_epoch(program: Program, module: Module) -> bool:
     """Whether this file or one that has to do with it names `set_epoch`."""
-    near = [module, *program.imported_by(module)]
+    near = [module]
+    for one in near:
+        near += [other for other in program.imported_by(one) if other not in near]
     near += [other for other in program.modules if module in program.imported_by(other)]
     return any("set_epoch" in line for one in near for line in one.lines)
+
+
+def _has_unknown_star(program: Program, module: Module) -> bool:
+    return any(program.module_named(star, module) is None and not star.startswith("torch") for star in module.stars)
 
 
 def _has_epochs(traces: list[Trace]) -> bool:

@@ -6,7 +6,8 @@ rank 0 of every node through.
 
 ## Why it hurts
 
-Every node writes the same file at the same time; the last one wins, or the file is torn. A tracker gets one run per node.
+Every node writes the same file at the same time; the last one wins, or the file is torn. A tracker gets a run per
+node.
 
 ## Example
 
@@ -57,11 +58,16 @@ def check(program: Program) -> Iterator[Finding]:
 
 def local_main(guard: Guard) -> Atom | None:
     """The atom that lets through one rank of each node, where nothing narrows it further."""
-    if any(atom.scope in ("rank", "node_rank", "some") and atom.which == "main" for atom in guard):
+    if any(_narrows(atom) for atom in guard):
         return None
     if any(atom.scope == "single" and atom.which == "main" for atom in guard):
         return None
     return next((atom for atom in guard if atom.scope == "local_rank" and atom.which == "main" and atom.sure), None)
+
+
+def _narrows(atom: Atom) -> bool:
+    """Whether an atom may leave one rank of those that are first on their node."""
+    return atom.which == "main" and (atom.scope in ("rank", "node_rank") or (atom.scope == "some" and atom.sure))
 
 
 def _finding(call: Call, atom: Atom, work: str) -> Finding:
@@ -81,6 +87,8 @@ def _origin(atom: Atom) -> Step | None:
     """Where a named test went wrong: the first name on its way that does not say "local"; None without a name."""
     if not atom.named:
         return None
-    named = [step for step in atom.trail if " <- " in step.text and "local" not in step.text.partition(" <- ")[0].lower()]
+    named = [
+        step for step in atom.trail if " <- " in step.text and "local" not in step.text.partition(" <- ")[0].lower()
+    ]
     named = [step for step in named if " of " not in step.text.partition(" <- ")[0]]
     return named[-1] if named else None

@@ -5,8 +5,8 @@
 
 ## Why it hurts
 
-Tensors go back to the device they were saved from, usually the first: every process of the node takes memory of the first
-accelerator, and it may run out.
+Tensors go back to the device they were saved from, usually the first: every process of the node takes memory there, and
+it may run out.
 
 ## Example
 

@@ -1,7 +1,8 @@
 """
 ## What it finds
 
-`os.makedirs` or `Path.mkdir` without `exist_ok=True` in code that every rank runs, also after a look whether it is there.
+`os.makedirs` or `Path.mkdir` without `exist_ok=True` in code that every rank runs, also after a look whether it is
+there.
 
 ## Why it hurts
 
@@ -37,7 +38,7 @@ from rankwise.check.works import calls_with, makes_folder
 
 def check(program: Program) -> Iterator[Finding]:
     for trace, call in calls_with(program):
-        if not makes_folder(call) or call.guard or not runs_on_many(program, trace) or _is_caught(trace.module, call):
+        if call.guard or not makes_folder(call) or not runs_on_many(program, trace) or _is_caught(trace.module, call):
             continue
         per_rank = any(value.varies for value in call.arguments) or (call.receiver is not None and call.receiver.varies)
         if per_rank or whole_guard(program, call):

@@ -1,8 +1,8 @@
 """
 ## What it finds
 
-A file that every rank writes under the same name: `torch.save`, `open(..., "w")`, `save_pretrained` and the like, in code
-that is seen to run on every rank, with no guard on the way to it and no rank in the path.
+A file that every rank writes under the same name: `torch.save`, `open(..., "w")`, `save_pretrained` and the like, in
+code that is seen to run on every rank, with no guard on the way to it and no rank in the path.
 
 ## Why it hurts
 
@@ -26,6 +26,7 @@ not seen are taken for equal on all ranks, unless a rank, a process id, a time o
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 from rankwise.check.explore import whole_guard
@@ -36,21 +37,32 @@ from rankwise.check.trace import Call
 from rankwise.check.values import Value, constant
 from rankwise.check.works import calls_with, written_path
 
+_FETCHES = re.compile(r"download|fetch|cache|maybe_get|urlretrieve", re.IGNORECASE)
+
 
 def check(program: Program) -> Iterator[Finding]:
     for trace, call in calls_with(program):
         path = written_path(call)
-        if path is None or call.in_handler or call.guard or not runs_on_many(program, trace):
+        if (
+            path is None
+            or call.in_handler
+            or _FETCHES.search(trace.name)
+            or call.guard
+            or not runs_on_many(program, trace)
+        ):
             continue
         if _varies(call, path) or whole_guard(program, call) or _guarded_caller(program, call):
             continue
-        message = f"every rank writes {trace.module.text(path, 50)}. Let the main process write it, or put the rank in the name"
+        shown = trace.module.text(path, 50)
+        message = f"every rank writes {shown}. Let the main process write it, or put the rank in the name"
         yield trace.module.finding("RW301", call.node, "error", message)
 
 
 def _varies(call: Call, path: ast.expr) -> bool:
     values: list[Value] = [*call.arguments, *call.keywords.values()]
     nodes = [*call.node.args, *(keyword.value for keyword in call.node.keywords if keyword.arg)]
+    if re.search(r"\btmp_?|\btemp", call.module.text(path)):
+        return True
     for node, value in zip(nodes, values, strict=False):
         if node is path:
             return value.varies or "devnull" in call.module.text(path) or str(constant(value)).startswith("/dev/")
