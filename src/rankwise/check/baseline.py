@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 
 from rankwise.check.config import ConfigError
 from rankwise.check.finding import Finding
-from rankwise.files import write_atomic
 
 _VERSION = 1
 _Key = tuple[str, str, str]
@@ -100,6 +99,8 @@ def write_baseline(path: str, findings: Iterable[Finding], code: Code) -> None:
         ConfigError: the file cannot be written.
     Ranks: local.
     """
+    from rankwise.files import write_atomic  # with pathlib, which a mere check does without
+
     base = Baseline(path)
     counts = Counter(base.key(finding, code) for finding in findings)
     entries = [

@@ -48,7 +48,7 @@ class Checker:
         unparsed = [*unread, *(error for part in parts for error in part.cannot_parse)]
         found = [finding for part in parts for finding in part.findings]
         found += [
-            Finding(CANNOT_PARSE, error.path, error.line, 1, error.line, 1, "error", f"cannot parse: {error.message}")
+            Finding(CANNOT_PARSE, error.path, error.line, 1, error.line, 1, "error", _cannot_parse(error.message))
             for error in unparsed
         ]
         path_rules = PathRules(self.config)
@@ -118,6 +118,10 @@ def _join(groups: list[list[str]], num_parts: int) -> list[list[str]]:
     for group in sorted(groups, key=len, reverse=True):
         min(parts, key=len).extend(group)
     return [part for part in parts if part]
+
+
+def _cannot_parse(why: str) -> str:
+    return why if why.startswith("cannot parse") else f"cannot parse: {why}"
 
 
 def _analyze(texts: Mapping[str, str], enabled: Collection[str]) -> Analysis:
