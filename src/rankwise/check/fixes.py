@@ -100,7 +100,8 @@ def diff(source: SourceFile, text: str) -> bytes:
     # A patch knows one line end alone; a carriage return stays part of its line.
     mark = "\ufeff" if source.raw.startswith(BOM) else ""
     before, after = (re.findall(r"[^\n]*\n|[^\n]+", mark + version) for version in (source.text, text))
-    lines = difflib.unified_diff(before, after, f"a/{source.path}", f"b/{source.path}")
+    name = source.path.lstrip("/")
+    lines = difflib.unified_diff(before, after, f"a/{name}", f"b/{name}")
     said = [line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines]
     return "".join(said).encode(source.encoding, "backslashreplace")
 

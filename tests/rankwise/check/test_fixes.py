@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rankwise.check.files import SourceFile, decode, split_lines
@@ -159,6 +159,7 @@ def test_the_patch_does_what_fix_does(raw: bytes, tmp_path: Path, monkeypatch: p
     assert Path("a.py").read_bytes() == read.encode(text)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(alphabet="ab\r\n\t\u6f22", max_size=20), st.lists(st.tuples(*[st.integers(0, 5)] * 4), max_size=6))
 def test_any_edits_leave_what_they_do_not_name(text: str, places: list[tuple[int, int, int, int]]) -> None:
     findings = [finding(Edit(*place, "#")) for place in places]

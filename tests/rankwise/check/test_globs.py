@@ -1,7 +1,7 @@
 """Patterns for paths."""
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rankwise.check.globs import PathPatterns, compile_glob
@@ -34,6 +34,7 @@ def test_pattern_matches_as_in_a_gitignore(pattern: str, path: str, expected: bo
     assert bool(compile_glob(pattern).fullmatch(path)) is expected
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(alphabet="ab*?[]!^\\/-&~|.", max_size=12), st.text(alphabet="ab/].", max_size=8))
 def test_every_text_is_a_pattern(pattern: str, path: str) -> None:
     compile_glob(pattern).fullmatch(path)
