@@ -47,7 +47,7 @@ class Caller(Evaluator):
     def __init__(self, program: Program, trace: Trace, variables: dict[str, Value]) -> None:
         super().__init__(program, trace, variables)
         self.items: list[Item] = trace.items
-        self.loops: tuple[ast.AST, ...] = ()
+        self.loops: tuple[ast.stmt, ...] = ()
         self.in_handler = False
         self.global_names: frozenset[str] = frozenset()
         self.depth = 0
@@ -216,6 +216,10 @@ class Caller(Evaluator):
                 inner = ast.copy_location(ast.Attribute(made.node.args[0], attribute, ast.Load()), made.node)
                 return self.evaluate(inner)
             return UNKNOWN
+        if name in ("max", "min"):
+            return next(
+                (one for one in made.arguments if one.kind), _varying(any(one.varies for one in made.arguments))
+            )
         value = made.argument(1 if name == "typing.cast" else 0)
         if name == "int" and isinstance(constant(value), str):
             text = str(constant(value))

@@ -27,7 +27,7 @@ def explore(sources: Mapping[str, str | bytes]) -> Program:
     # First as the file is written, so that the results of helpers are known to who comes after them; then backwards,
     # so that what the last function hands down goes all the way in one round.
     for backwards in (False, True):
-        program.traces, program.trace_of, program.inlined = [], {}, {}
+        program.traces, program.inlined = [], {}
         seen = 0
         while seen < len(program.modules):  # running one may load another
             modules = program.modules
@@ -41,6 +41,7 @@ def explore(sources: Mapping[str, str | bytes]) -> Program:
 def _run_module(program: Program, module: Module, backwards: bool) -> None:
     trace = Trace(module, None)
     walker = Walker(program, trace, {})
+    first = len(program.traces)
     try:
         for owner in [one for one in module.names.values() if isinstance(one, Class)]:
             _run_class(program, owner)
@@ -50,7 +51,7 @@ def _run_module(program: Program, module: Module, backwards: bool) -> None:
             _run_function(program, function)
     except RecursionError:
         program.cannot_parse[module.path] = CannotParse(module.path, 1, "cannot parse: nested too deeply")
-    for trace in [one for one in program.traces if one.module is module]:
+    for trace in program.traces[first:]:
         for call in trace.calls:
             _special(program, call)
 
@@ -265,7 +266,7 @@ def _link(program: Program) -> None:
             if callee is not None:
                 program.callers.setdefault(callee, []).append(call)
             for value in (*call.arguments, *call.keywords.values()):
-                if isinstance(value.data, Bound):
+                if isinstance(value.data, Bound) and value.data.function not in program.started:
                     program.handed_over.add(value.data.function)
 
 

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Callable, Mapping
 
 from rankwise.check.finding import CannotParse
-from rankwise.check.source import Class, Function, Module, is_marked, parse
+from rankwise.check.source import Class, Function, Module, is_marked, parse, parse_tree
 from rankwise.check.trace import Call, Trace
 from rankwise.check.values import Value
 
@@ -36,6 +36,7 @@ class Program:
         """What the names of a function hold when it ends, for the functions inside it."""
         self._modules: dict[str, Module | None] = {}
         self._by_last: dict[str, list[tuple[tuple[str, ...], str]]] = {}
+        self._by_module: dict[Module, list[Trace]] | None = None
         self._imported: dict[Module, list[Module]] = {}
         self._resolved: dict[tuple[str, str], Module | None] = {}
         for path in sources:
@@ -62,7 +63,7 @@ class Program:
     def parse_rest(self) -> None:
         """Also the files that name nothing of many processes, so that each that cannot be parsed is known."""
         for path in self.sources:
-            if path not in self._modules and isinstance(parsed := parse(path, self.sources[path]), CannotParse):
+            if path not in self._modules and isinstance(parsed := parse_tree(path, self.sources[path]), CannotParse):
                 self.cannot_parse[path] = parsed
 
     def module_named(self, dotted: str, importer: Module) -> Module | None:
@@ -162,6 +163,14 @@ class Program:
         """The one method of this name in the module, or None where there are none or several."""
         found = [one for one in near.functions if one.owner is not None and one.name == name]
         return found[0] if len(found) == 1 else None
+
+    def traces_in(self, module: Module) -> list[Trace]:
+        """Of the functions of one file, and of its own level."""
+        if self._by_module is None:
+            self._by_module = {}
+            for trace in self.traces:
+                self._by_module.setdefault(trace.module, []).append(trace)
+        return self._by_module.get(module, [])
 
     def is_one_node(self, module: Module) -> bool:
         """Whether the processes that run this file are all on one node: it, or who imports it, spawns them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 
 from rankwise.check import libraries
@@ -61,6 +61,8 @@ class Reached:
 class _Way:
     reached: list[Reached]
     left: Leave | None = None
+    leaves: list[Leave] = field(default_factory=list)
+    """All exits on the way, also those of a loop's turn."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,12 @@ class Sequences:
                     way.reached.append(Reached(item, names))
             elif isinstance(item, Leave):
                 way.left = item
+                way.leaves.append(item)
                 break
             elif isinstance(item, Loop):
                 inner = self.way(item.body, assumption, depth)
                 way.reached += inner.reached
+                way.leaves += inner.leaves
                 if inner.left is not None and inner.left.how in ("return", "exit") and _always(item.body, inner.left):
                     way.left = inner.left
                     break
@@ -130,6 +134,7 @@ class Sequences:
         if taken is not None:
             inner = self.way(item.then if taken else item.other, assumption, depth)
             way.reached += inner.reached
+            way.leaves += inner.leaves
             way.left = inner.left
             return inner.left is not None
         first, second = self.way(item.then, assumption, depth), self.way(item.other, assumption, depth)
@@ -151,7 +156,7 @@ class Sequences:
                 for reached in _only(mine.reached, others.reached):
                     if atom.scope == "some" and "init_process_group" in reached.names:
                         continue  # a group of some ranks alone
-                    leave = others.left if others.left is not None and _after(reached.call, others.left) else None
+                    leave = next((one for one in reversed(others.leaves) if _skips(one, reached.call)), None)
                     if leave is not None and leave.how == "raise":
                         continue
                     found.setdefault(reached.call.node, Difference(reached.call, reached.names, atom, leave))
@@ -165,8 +170,13 @@ def _always(items: list[Item], leave: Leave) -> bool:
     return any(item is leave for item in items)
 
 
-def _after(call: Call, leave: Leave) -> bool:
-    return (call.node.lineno, call.node.col_offset) > (leave.node.lineno, leave.node.col_offset)
+def _skips(leave: Leave, call: Call) -> bool:
+    """Whether who leaves there does not come to the call."""
+    if (call.node.lineno, call.node.col_offset) < (leave.node.lineno, leave.node.col_offset):
+        return False
+    if leave.how in ("continue", "break"):
+        return bool(call.loops) and leave.node.lineno <= (call.loops[-1].end_lineno or 0)
+    return True
 
 
 def _only(mine: list[Reached], others: list[Reached]) -> list[Reached]:

@@ -15,9 +15,11 @@ from rankwise.check.finding import CannotParse, Edit, Finding, Severity, Step
 from rankwise.check.values import Value
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
+# "distributed" alone stands in the header of many a licence.
 _MARKS = re.compile(
-    r"rank|distributed|world_size|accelerat|main_process|lightning|deepspeed|horovod|hvd|barrier|is_master|SLURM_|"
-    r"PROCID|process_index|is_global_zero|\bmp\.spawn|mpi4py|xla|set_device|Sampler|all_reduce|all_gather",
+    r"(?:\b|_)rank(?:s?\b|_)|torch\.distributed|[._]distributed|distributed[._(]|dist\.|world_size|accelerat(?:e\b|or)|main_process|"
+    r"lightning|deepspeed|horovod|\bhvd\b|barrier|is_master|SLURM_|PROCID|process_index|is_global_zero|\bmp\.spawn|mpi4py|"
+    r"torch_xla|set_device|DistributedSampler|all_reduce|all_gather|DistributedDataParallel|set_epoch",
     re.IGNORECASE,
 )
 
@@ -175,18 +177,10 @@ def decode(content: str | bytes) -> str:
 
 def parse(path: str, content: str | bytes) -> Module | CannotParse:
     """The parsed file, or why it cannot be."""
-    try:
-        text = decode(content)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(text)
-    except SyntaxError as error:
-        return CannotParse(path, max(error.lineno or 1, 1), f"cannot parse: {error.msg}")
-    except (ValueError, LookupError) as error:
-        return CannotParse(path, 1, f"cannot parse: {error}")
-    except (RecursionError, MemoryError):
-        return CannotParse(path, 1, "cannot parse: nested too deeply")
-    lines = re.split(r"\r\n|\r|\n", text)
+    tree = parse_tree(path, content)
+    if isinstance(tree, CannotParse):
+        return tree
+    lines = re.split(r"\r\n|\r|\n", decode(content))
     module = Module(path, tree, lines, _parts(path))
     try:
         _collect(module, tree.body, None, None)
@@ -194,6 +188,21 @@ def parse(path: str, content: str | bytes) -> Module | CannotParse:
     except RecursionError:
         return CannotParse(path, 1, "cannot parse: nested too deeply")
     return module
+
+
+def parse_tree(path: str, content: str | bytes) -> ast.Module | CannotParse:
+    """The tree of a file, or why there is none."""
+    try:
+        text = decode(content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.parse(text)
+    except SyntaxError as error:
+        return CannotParse(path, max(error.lineno or 1, 1), f"cannot parse: {error.msg}")
+    except (ValueError, LookupError) as error:
+        return CannotParse(path, 1, f"cannot parse: {error}")
+    except (RecursionError, MemoryError):
+        return CannotParse(path, 1, "cannot parse: nested too deeply")
 
 
 def _parts(path: str) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ class Call:
     """Of all branches of this function that it stands in."""
     caller: Function | None
     module: Module
-    loops: tuple[ast.AST, ...] = ()
+    loops: tuple[ast.stmt, ...] = ()
     in_handler: bool = False
     """In an `except` block."""
     uncertain: bool = False
@@ -100,7 +100,7 @@ class Trace:
     calls: list[Call] = field(default_factory=list)
     """Also those inside branches and loops."""
     stores: list[Store] = field(default_factory=list)
-    loops: list[ast.AST] = field(default_factory=list)
+    loops: list[ast.stmt] = field(default_factory=list)
     shares: list[tuple[ast.expr, Value, str]] = field(default_factory=list)
     """Where a local rank picks a share of something that is divided by the world size."""
     sums: dict[ast.expr, Value] = field(default_factory=dict)

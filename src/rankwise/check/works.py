@@ -97,7 +97,9 @@ def written_path(call: Call) -> ast.expr | None:
         return None
     if name in ("open", "io.open", "codecs.open", "gzip.open"):
         mode = constant(call.argument(1, "mode"))
-        return call.argument_node(0, "file") if isinstance(mode, str) and mode[:1] in ("w", "x", "a") else None
+        is_path = not isinstance(constant(call.argument(0, "file")), int)
+        writes = isinstance(mode, str) and mode[:1] in ("w", "x", "a")
+        return call.argument_node(0, "file") if writes and is_path else None
     if last == "open" and isinstance(call.node.func, ast.Attribute) and call.receiver is not None:
         mode = constant(call.argument(0, "mode"))
         writes = isinstance(mode, str) and mode[:1] in ("w", "x", "a") and not isinstance(call.receiver.data, Ref)

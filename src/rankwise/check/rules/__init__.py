@@ -36,7 +36,7 @@ class Rule:
 
     def explain(self) -> str:
         """What it finds, why it hurts, an example, what to write instead, known limits; Markdown."""
-        return f"# {self.code} {self.name}\n\n{importlib.import_module(self.module).__doc__ or ''}"
+        return f"# {self.code} {self.name}\n\n{(importlib.import_module(self.module).__doc__ or '').strip()}\n"
 
     def check(self, program: Program) -> Iterator[Finding]:
         """The findings of this rule in all files of the program."""

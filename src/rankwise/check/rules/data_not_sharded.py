@@ -38,7 +38,7 @@ _EVALUATES = re.compile(r"val|test|eval|infer", re.IGNORECASE)
 
 def check(program: Program) -> Iterator[Finding]:
     for module in program.modules:
-        traces = [trace for trace in program.traces if trace.module is module]
+        traces = program.traces_in(module)
         calls = [call for trace in traces for call in trace.calls]
         wraps = any(
             isinstance(store.value.data, Thing) and store.value.data.tag == "ddp"

@@ -90,7 +90,7 @@ _HARMLESS = frozenset(
 
 def check(program: Program) -> Iterator[Finding]:
     for module in program.modules:
-        traces = [trace for trace in program.traces if trace.module is module]
+        traces = program.traces_in(module)
         samplers = [(trace, call) for trace in traces for call in trace.calls if _is_shuffling(call)]
         if (
             not samplers

@@ -1,0 +1,144 @@
+from collections.abc import Callable
+from textwrap import indent
+
+import pytest
+
+from rankwise.check import analyze
+
+Expect = Callable[..., None]
+HEAD = "import torch.distributed as dist\nrank = dist.get_rank()\n"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "if rank == 0:\n    dist.barrier()  #! RW401",
+        "if rank:\n    dist.all_reduce(x)  #! RW401",
+        "if rank == 0 and step % 10 == 0:\n    dist.barrier()  #! RW401",
+        "if rank == 0:\n    save()\n    dist.barrier()  #! RW401\nelse:\n    wait()",
+        "for step in range(9):\n    if rank == 0:\n        dist.barrier()  #! RW401",
+        "if rank == 0:\n    dist.all_reduce(x)  #! RW401\nelse:\n    dist.barrier()  #! RW401",
+        "if dist.get_world_size() - 1 == rank:\n    dist.barrier()  #! RW401",
+        "if is_main_process():\n    dist.barrier()  #! RW401",
+    ],
+)
+def test_a_collective_of_some_ranks_is_found(expect: Expect, body: str) -> None:
+    expect("RW401", f"{HEAD}def train(x):\n{indent(body, '    ')}\n")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "if rank != 0:\n    dist.barrier()\nwork()\nif rank == 0:\n    dist.barrier()",
+        "if rank == 0:\n    work()\n    dist.barrier()\nelse:\n    dist.barrier()\n    work()",
+        "if rank == 0:\n    save()\ndist.barrier()",
+        "if rank == 0:\n    dist.broadcast(x, 0)\nelse:\n    dist.broadcast(y, 0)",
+        "if dist.is_initialized():\n    dist.barrier()",
+        "if dist.get_world_size() > 1:\n    dist.barrier()",
+        "if rank in members:\n    dist.all_reduce(x, group=group)",
+        "if rank == 0:\n    dist.send(x, 1)\nelse:\n    dist.recv(x, 0)",
+        "if config.sync:\n    dist.barrier()",
+        "if rank < 0:\n    return\ndist.barrier()",
+        "if rank == 0:\n    raise ValueError('x')\ndist.barrier()",
+        "if rank == 0:\n    torch.cuda.synchronize()",
+        "if rank == 0:\n    reduce(add, x)",
+    ],
+)
+def test_equal_sequences_on_both_sides_are_right(expect: Expect, body: str) -> None:
+    expect("RW401", f"{HEAD}def train(x):\n{indent(body, '    ')}\n")
+
+
+def test_a_collective_inside_a_function_is_found_at_the_call(expect: Expect) -> None:
+    expect(
+        "RW401",
+        main="""
+        from metrics import evaluate
+        import torch.distributed as dist
+        def train():
+            if dist.get_rank() == 0:
+                print(evaluate())  #! RW401
+        """,
+        metrics="""
+        import torch.distributed as dist
+        def mean(x):
+            dist.all_reduce(x)
+            return x
+        def evaluate():
+            return mean(1)
+        """,
+    )
+
+
+def test_a_function_that_guards_itself_is_right(expect: Expect) -> None:
+    expect(
+        "RW401",
+        """
+        import torch.distributed as dist
+        def first():
+            if dist.get_rank() != 0:
+                dist.barrier()
+            work()
+            if dist.get_rank() == 0:
+                dist.barrier()
+        def train():
+            first()
+        """,
+    )
+
+
+def test_wrappers_of_libraries_are_known(expect: Expect) -> None:
+    expect(
+        "RW401",
+        """
+        from accelerate import Accelerator
+        import torch.distributed.checkpoint as dcp
+        def train(trainer, path):
+            accelerator = Accelerator()
+            if accelerator.is_main_process:
+                accelerator.wait_for_everyone()  #! RW401
+                x = accelerator.gather(x)  #! RW401
+            if trainer.is_global_zero:
+                trainer.save_checkpoint(path)  #! RW401
+                dcp.save(x)  #! RW401
+                rankwise.barrier()  #! RW401
+            accelerator.wait_for_everyone()
+        """.replace(
+            "import torch.distributed.checkpoint as dcp", "import rankwise, torch.distributed.checkpoint as dcp"
+        ),
+    )
+
+
+def test_a_function_for_the_main_process_alone_has_no_collective(expect: Expect) -> None:
+    expect(
+        "RW401",
+        """
+        import torch.distributed as dist
+        from pytorch_lightning.utilities import rank_zero_only
+        import hydra
+        @rank_zero_only
+        def save():
+            dist.barrier()  #! RW401
+        @hydra.main()
+        def main():
+            dist.barrier()
+        """,
+    )
+
+
+def test_a_broadcast_behind_a_look_at_the_files_is_found(expect: Expect) -> None:
+    expect(
+        "RW401",
+        """
+        import torch.distributed as dist
+        def load(path):
+            if path.exists():
+                dist.broadcast_object_list([None])  #! RW401
+        """,
+    )
+
+
+def test_the_message_names_the_collective_and_the_guard() -> None:
+    text = f"{HEAD}if rank == 0:\n    dist.barrier()\n"
+    [finding] = analyze({"train.py": text}, {"RW401"}).findings
+    assert "only rank 0 comes to this barrier" in finding.message
+    assert finding.trail[0].text == "guard: rank == 0"

@@ -1,0 +1,141 @@
+from collections.abc import Callable
+
+import pytest
+
+Expect = Callable[..., None]
+HEAD = "import os, torch, wandb\nlocal_rank = int(os.environ['LOCAL_RANK'])\n"
+
+
+@pytest.mark.parametrize(
+    "work",
+    ["torch.save(state, 'model.pt')", "wandb.init()", "model.save_pretrained('out')", "open('config', 'w').write('')"],
+)
+@pytest.mark.parametrize(
+    "guard", ["local_rank == 0", "not local_rank", "local_rank in (-1, 0)", "epoch > 3 and local_rank == 0"]
+)
+def test_global_work_under_a_guard_of_the_node_is_found(expect: Expect, work: str, guard: str) -> None:
+    expect("RW201", f"{HEAD}if {guard}:  #! RW201\n    {work}\n")
+
+
+@pytest.mark.parametrize(
+    "guard",
+    [
+        "int(os.environ['RANK']) == 0",
+        "local_rank == 0 and int(os.environ['GROUP_RANK']) == 0",
+        "local_rank == 0 and torch.distributed.get_rank() == 0",
+        "local_rank == -1",
+    ],
+)
+def test_a_guard_of_the_global_rank_is_right(expect: Expect, guard: str) -> None:
+    expect("RW201", f"{HEAD}if {guard}:\n    torch.save(state, 'model.pt')\n")
+
+
+@pytest.mark.parametrize(
+    "work", ["print('hello')", "download('data')", "torch.save(state, '/tmp/model.pt')", "bar = tqdm(x)"]
+)
+def test_work_of_each_node_is_right(expect: Expect, work: str) -> None:
+    expect("RW201", f"{HEAD}if local_rank == 0:\n    {work}\n")
+
+
+def test_a_helper_is_followed_by_what_it_returns_not_by_its_name(expect: Expect) -> None:
+    expect(
+        "RW201",
+        """
+        import os, torch
+        def is_main_process():
+            return int(os.environ["LOCAL_RANK"]) == 0  #! RW201
+        def train(model):
+            if is_main_process():
+                torch.save(model, "model.pt")
+        """,
+    )
+
+
+def test_a_helper_is_followed_by_its_arguments(expect: Expect) -> None:
+    expect(
+        "RW201",
+        """
+        import os, torch
+        def is_master(local=False):
+            return int(os.environ["LOCAL_RANK"]) == 0 if local else int(os.environ["RANK"]) == 0
+        def train(model):
+            if is_master():
+                torch.save(model, "model.pt")
+        """,
+    )
+
+
+def test_an_early_return_is_a_guard(expect: Expect) -> None:
+    expect(
+        "RW201",
+        """
+        import os, torch
+        class Saver:
+            def __init__(self):
+                self.local_rank = int(os.environ["LOCAL_RANK"])
+            def save(self, model):
+                if self.local_rank != 0:  #! RW201
+                    return
+                torch.save(model, "model.pt")
+        """,
+    )
+
+
+def test_what_a_called_method_writes_counts(expect: Expect) -> None:
+    expect(
+        "RW201",
+        """
+        import os, torch
+        class Trainer:
+            def __init__(self):
+                self.local_rank = int(os.environ["LOCAL_RANK"])
+            def write(self):
+                torch.save(self.model, "model.pt")
+            def train(self):
+                if self.local_rank == 0:  #! RW201
+                    self.write()
+        """,
+    )
+
+
+def test_accelerate_tells_node_and_job_apart(expect: Expect) -> None:
+    expect(
+        "RW201",
+        """
+        import torch
+        from accelerate import Accelerator
+        accelerator = Accelerator()
+        if accelerator.is_local_main_process:  #! RW201
+            torch.save(state, "a.pt")
+        if accelerator.is_main_process:
+            torch.save(state, "b.pt")
+        """,
+    )
+
+
+def test_an_attribute_named_local_may_hold_a_global_rank(expect: Expect) -> None:
+    expect(
+        "RW201",
+        """
+        import torch, torch.distributed as dist
+        cfg.local_rank = dist.get_rank()
+        if cfg.local_rank == 0:
+            torch.save(state, "a.pt")
+        """,
+    )
+
+
+def test_a_variable_that_is_misnamed_is_reported_where_it_is_made(expect: Expect) -> None:
+    expect(
+        "RW201",
+        """
+        import os, wandb
+        class Monitor:
+            def __init__(self):
+                rank = int(os.environ["LOCAL_RANK"])  #! RW201
+                self.is_master = rank == 0
+                if not self.is_master:
+                    return
+                wandb.init()
+        """,
+    )

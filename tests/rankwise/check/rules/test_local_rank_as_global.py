@@ -1,0 +1,60 @@
+from collections.abc import Callable
+
+import pytest
+
+Expect = Callable[..., None]
+HEAD = """import os, torch, torch.distributed as dist
+from torch.utils.data import DistributedSampler
+local_rank, rank = int(os.environ["LOCAL_RANK"]), int(os.environ["RANK"])
+world_size = dist.get_world_size()
+"""
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "DistributedSampler(data, num_replicas=world_size, rank={})",
+        "DistributedSampler(data, world_size, {})",
+        "dist.init_process_group('nccl', rank={}, world_size=world_size)",
+        "data.shard(num_shards=world_size, index={})",
+        "data.shard(world_size, {})",
+        "files[{}::world_size]",
+        "range({}, len(files), world_size)",
+        "[f for i, f in enumerate(files) if i % world_size == {}]",
+        "torch.manual_seed(seed + {})",
+    ],
+)
+def test_a_local_rank_beside_the_world_size_is_found(expect: Expect, use: str) -> None:
+    expect("RW203", f"{HEAD}x = {use.format('local_rank')}  #! RW203\n")
+    expect("RW203", f"{HEAD}x = {use.format('rank')}\n")
+
+
+def test_a_share_of_the_node_is_right(expect: Expect) -> None:
+    size = "int(os.environ['LOCAL_WORLD_SIZE'])"
+    expect("RW203", f"{HEAD}x = DistributedSampler(data, num_replicas={size}, rank=local_rank)\n")
+
+
+def test_on_one_node_the_index_of_spawn_is_the_global_rank(expect: Expect) -> None:
+    expect(
+        "RW203",
+        """
+        import torch.distributed as dist, torch.multiprocessing as mp
+        def worker(rank, world_size):
+            dist.init_process_group("nccl", rank=rank, world_size=world_size)
+        mp.spawn(worker, args=(8,), nprocs=8)
+        """,
+    )
+
+
+def test_an_argument_that_the_launcher_sets_is_a_local_rank(expect: Expect) -> None:
+    expect(
+        "RW203",
+        """
+        import argparse
+        from torch.utils.data import DistributedSampler
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--rank", "--local_rank", dest="rank", type=int, default=0)
+        args = parser.parse_args()
+        sampler = DistributedSampler(data, num_replicas=args.world_size, rank=args.rank)  #! RW203
+        """,
+    )

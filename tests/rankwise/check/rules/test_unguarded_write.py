@@ -1,0 +1,155 @@
+from collections.abc import Callable
+
+import pytest
+
+Expect = Callable[..., None]
+HEAD = """import os, time, torch, uuid, numpy as np, torch.distributed as dist
+dist.init_process_group("nccl")
+rank = dist.get_rank()
+"""
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        "torch.save(state, 'model.pt')",
+        "torch.save(state, os.path.join(folder, f'step-{step}.pt'))",
+        "open('log.txt', 'a').write('x')",
+        "np.save('x.npy', x)",
+        "model.save_pretrained(folder)",
+        "table.to_csv('x.csv')",
+        "(folder / 'x.json').write_text('{}')",
+    ],
+)
+def test_a_write_of_every_rank_is_found(expect: Expect, write: str) -> None:
+    expect("RW301", f"{HEAD}{write}  #! RW301\n")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "f'rank{rank}.pt'",
+        "'x%d' % rank",
+        "os.path.join(folder, str(rank))",
+        "f'{uuid.uuid4()}'",
+        "f'{time.time()}'",
+        "names[rank]",
+    ],
+)
+def test_a_path_of_its_own_is_right(expect: Expect, path: str) -> None:
+    expect("RW301", f"{HEAD}path = {path}\ntorch.save(state, path)\n")
+
+
+@pytest.mark.parametrize(
+    "guard",
+    [
+        "rank == 0",
+        "is_main_process()",
+        "not dist.is_initialized() or rank == 0",
+        "args.rank == 0",
+        "device_id == 0",
+        "flags and not rank",
+    ],
+)
+def test_a_guard_is_right(expect: Expect, guard: str) -> None:
+    expect("RW301", f"{HEAD}if {guard}:\n    torch.save(state, 'model.pt')\n")
+
+
+def test_a_helper_is_right_where_its_callers_have_the_guard(expect: Expect) -> None:
+    expect(
+        "RW301",
+        """
+        import torch, torch.distributed as dist
+        def write(state, name):
+            torch.save(state, name)
+        def save(state):
+            write(state, "model.pt")
+        def main():
+            dist.init_process_group("nccl")
+            if dist.get_rank() == 0:
+                save({})
+        """,
+    )
+
+
+def test_a_helper_without_a_guard_anywhere_is_found(expect: Expect) -> None:
+    expect(
+        "RW301",
+        main="""
+        import torch.distributed as dist
+        from out import write
+        def main():
+            dist.init_process_group("nccl")
+            write({})
+        """,
+        out="""
+        import torch
+        def write(state):
+            torch.save(state, "model.pt")  #! RW301
+        """,
+    )
+
+
+def test_a_decorator_is_a_guard_by_what_it_does(expect: Expect) -> None:
+    expect(
+        "RW301",
+        """
+        import torch, torch.distributed as dist
+        def once(function):
+            def inner(*args):
+                if dist.get_rank() == 0:
+                    return function(*args)
+            return inner
+        def always(function):
+            def inner(*args):
+                return function(*args)
+            return inner
+        @once
+        def save():
+            torch.save({}, "a.pt")
+        @always
+        def write():
+            torch.save({}, "b.pt")  #! RW301
+        def main():
+            dist.init_process_group("nccl")
+            save()
+            write()
+        """,
+    )
+
+
+def test_an_object_that_only_the_main_process_has_is_a_guard(expect: Expect) -> None:
+    writer = "writer = make() if rank == 0 else None\n"
+    expect("RW301", f"{HEAD}{writer}if writer is not None:\n    torch.save(state, 'a.pt')\n")
+    expect("RW301", f"{HEAD}{writer}if writer:\n    torch.save(state, 'a.pt')\n")
+    expect("RW301", f"{HEAD}{writer}if writer is None:\n    return\ntorch.save(state, 'a.pt')\n")
+
+
+def test_a_flag_that_is_set_on_the_main_process_is_a_guard(expect: Expect) -> None:
+    expect(
+        "RW301",
+        HEAD + "main = False\nif rank == 0:\n    main = True\nif main:\n    torch.save(state, 'a.pt')\n",
+    )
+
+
+def test_the_parent_of_spawned_processes_is_alone(expect: Expect) -> None:
+    expect(
+        "RW301",
+        """
+        import torch, torch.distributed as dist, torch.multiprocessing as mp
+        def worker(rank):
+            dist.init_process_group("nccl", rank=rank, world_size=2)
+            torch.save({}, "worker.pt")  #! RW301
+        def main():
+            torch.save({}, "parent.pt")
+            mp.spawn(worker, args=(), nprocs=2)
+        """,
+    )
+
+
+def test_a_script_of_one_process_is_right(expect: Expect) -> None:
+    expect("RW301", "import torch, distributed_data\ntorch.save({}, 'model.pt')\n")
+
+
+def test_a_dump_after_a_failure_is_right(expect: Expect) -> None:
+    expect("RW301", f"{HEAD}try:\n    step()\nexcept RuntimeError:\n    torch.save(batch, 'bad.pt')\n    raise\n")

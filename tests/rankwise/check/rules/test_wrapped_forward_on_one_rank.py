@@ -1,0 +1,51 @@
+from collections.abc import Callable
+
+import pytest
+
+Expect = Callable[..., None]
+HEAD = (
+    "import torch.distributed as dist\nfrom torch.nn.parallel import DistributedDataParallel as DDP\nmodel = DDP(net)\n"
+)
+
+
+@pytest.mark.parametrize("use", ["model(x)", "model.forward(x)", "model.eval()(x)", "validate(model, loader)"])
+def test_a_forward_of_the_wrapper_on_one_rank_is_found(expect: Expect, use: str) -> None:
+    expect("RW403", f"{HEAD}if dist.get_rank() == 0:\n    y = {use}  #! RW403\n")
+
+
+@pytest.mark.parametrize(
+    "use", ["model.module(x)", "model.state_dict()", "net(x)", "validate(model.module, x)", "unwrap_model(model)(x)"]
+)
+def test_the_module_inside_is_right(expect: Expect, use: str) -> None:
+    expect("RW403", f"{HEAD}if dist.get_rank() == 0:\n    y = {use}\n")
+
+
+def test_a_forward_of_all_ranks_is_right(expect: Expect) -> None:
+    expect("RW403", f"{HEAD}y = model(x)\n")
+
+
+def test_the_wrapper_is_followed_through_attributes_and_calls(expect: Expect) -> None:
+    expect(
+        "RW403",
+        """
+        import torch.distributed as dist
+        from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+        class Trainer:
+            def __init__(self, model):
+                self.model = FSDP(model)
+            def evaluate(self, loader):
+                for batch in loader:
+                    self.model(batch)  #! RW403
+            def train(self, loader):
+                for batch in loader:
+                    self.model(batch)
+                if dist.get_rank() == 0:
+                    self.evaluate(loader)
+        """,
+    )
+
+
+def test_a_branch_that_takes_the_wrapper_off_is_believed(expect: Expect) -> None:
+    expect(
+        "RW403", f"{HEAD}if dist.get_rank() == 0:\n    if distributed:\n        model = model.module\n    model(x)\n"
+    )
