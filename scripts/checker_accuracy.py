@@ -58,6 +58,7 @@ def score(entry: dict[str, Any], findings: tuple[Finding, ...], counts: Counts, 
             continue
         kind = "false" if finding.rule in searched else "unscored"
         counts[finding.rule][kind] += 1
+        counts[finding.rule][f"{kind} {finding.severity}"] += 1
         negative = any(is_near(label, finding) for label in entry["negatives"])
         counts[finding.rule]["negatives"] += negative
         notes.append(f"{kind}{' NEGATIVE' if negative else ''} {finding.rule} line {finding.line}: {finding.message}")
@@ -66,7 +67,7 @@ def score(entry: dict[str, Any], findings: tuple[Finding, ...], counts: Counts, 
 
 
 def table(counts: Counts, exhaustive: set[str]) -> Iterator[str]:
-    """A row per rule, and the sums over labels of severity error whose rules were looked for everywhere."""
+    """A row per rule; then the sums of labels and findings of severity error, of rules looked for everywhere."""
     yield "| rule | found | missed | false | listed negatives | precision | recall |"
     yield "|---|---|---|---|---|---|---|"
     total: collections.Counter[str] = collections.Counter()
@@ -81,13 +82,9 @@ def table(counts: Counts, exhaustive: set[str]) -> Iterator[str]:
         name = f"{code} {RULES[code].name}{mark}"
         cells = (name, found, missed, false, own["negatives"], precision, ratio(found, found + missed))
         yield f"| {' | '.join(map(str, cells))} |"
-    errors = sum(total[key] for key in ("found error",))
-    everything = errors + total["found other"]
-    yield (
-        f"| **errors, rules looked for everywhere** | {errors} | {total['missed error']} | {total['false']} | "
-        f"{total['negatives']} | {ratio(everything, everything + total['false'])} | "
-        f"{ratio(errors, errors + total['missed error'])} |"
-    )
+    found, missed, false = total["found error"], total["missed error"], total["false error"]
+    cells = ("**errors, rules looked for everywhere**", found, missed, false, total["negatives"])
+    yield f"| {' | '.join(map(str, cells))} | {ratio(found, found + false)} | {ratio(found, found + missed)} |"
 
 
 def ratio(part: int, whole: int) -> str:
