@@ -104,3 +104,16 @@ def test_every_rule_is_explained_under_the_same_headings(code: str, capfd: pytes
     assert text.startswith(f"# {code} {RULES[code].name}\n")
     headings = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
     assert headings == ["What it finds", "Why it hurts", "Example", "Instead", "Known limits"]
+
+
+def test_the_page_lists_every_rule_with_its_severity() -> None:
+    rows = re.findall(
+        r"^\| \[(\w+)\]\((.*?)\) `(.*?)` \| (\w+) \| (.*?) \|$", (ROOT / "docs" / "check.md").read_text(), re.MULTILINE
+    )
+    assert [row[0] for row in rows] == list(RULES)
+    for code, page, name, severity, text in rows:
+        rule = RULES[code]
+        assert (name, severity) == (rule.name, rule.severity)
+        assert text.startswith(rule.summary)
+        assert ("off by default" in text, "--fix" in text) == (not rule.default, rule.fixable)
+        assert (ROOT / "docs" / page).is_file()
