@@ -14,7 +14,7 @@ help:
 	@echo "make demo      two ranks train a small WF-VAE, stop, resume and reconstruct a clip (runs/demo)"
 	@echo "make test      the tests that take minutes in all"
 	@echo "make test-all  those and the slow ones"
-	@echo "make check     formatting, lint and types"
+	@echo "make check     formatting, lint, types and rankwise check"
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rankwise needs Python 3.11 or newer; name one: make PYTHON=python3.12")'

@@ -48,6 +48,7 @@ class Tracker:
         with self._tolerated():
             # Steps after the checkpoint are made again; a fresh run hides whatever an earlier one left.
             purge_step = first_step + 1 if first_step else 0
+            # rankwise: ignore[RW302] train() makes this object on the main process alone
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
