@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from rankwise.check.values import Atom, Kind, Many, Value, of, testing
+from rankwise.check.values import Atom, Kind, Many, Test, Value, of, testing
 
 ENVIRONMENT: dict[str, Kind] = {
     "RANK": "rank",
@@ -106,9 +106,10 @@ _MAIN = re.compile(
     r"(?:zero|0)|rank0)(?:_(?:process|rank|worker|proc|node|ordinal))?_?(?:only)?"
 )
 _LOCAL_MAIN = re.compile(
-    r"_?is_(?:local|node)_?(?:main|master|primary|chief|root|lead|leader|rank_?(?:zero|0)|zero|rank0)"
+    r"_?is_(?:local|node)_?(?:main|master|primary|chief|root|lead|leader|(?:rank|process)_?(?:zero|0)|zero|rank0)"
     r"(?:_(?:process|rank|worker|proc|node|ordinal))?"
 )
+_MAYBE_MAIN = frozenset({"should_save", "should_log", "is_first_rank", "is_first_worker", "is_last_rank"})
 _NOT_MAIN = frozenset(
     {"main", "master", "root", "lead", "leader", "primary", "chief", "main_process", "rank0", "rank_0"}
 )
@@ -161,6 +162,9 @@ def named_test(name: str) -> Value | None:
     """What a helper or attribute says by its name alone: true on the main process; None where it says nothing."""
     if _LOCAL_MAIN.fullmatch(name):
         return testing(Atom("local_rank", "main"))
+    if name in _MAYBE_MAIN:
+        atom = Atom("rank", "main", sure=False)
+        return Value("", True, Test((atom,), (atom.opposite,)))
     if _MAIN.fullmatch(name) and name not in _NOT_MAIN and not name.endswith("only"):
         return testing(Atom("rank", "main"))
     return None

@@ -48,6 +48,9 @@ def test_a_path_of_its_own_is_right(expect: Expect, path: str) -> None:
         "not dist.is_initialized() or rank == 0",
         "args.rank == 0",
         "device_id == 0",
+        "trainer.args.should_save",
+        "trainer.is_world_process_zero()",
+        "trainer.is_local_process_zero()",
         "flags and not rank",
     ],
 )
