@@ -113,7 +113,10 @@ class Caller(Evaluator):
                     _put(owner.attributes, name, value)
                 return
             callee = method
+        lone = any(atom.scope == "single" and atom.which == "main" and atom.sure for atom in made.guard)
         for name, value in self._bind(callee, made).items():
+            if lone and isinstance(value.data, Thing) and value.data.tag in ("ddp", "fsdp"):
+                value = UNKNOWN  # a lone process has no wrapper
             if value.trail and value.kind:
                 value = value.via(
                     f"{name} of {callee.name}() <- {self._shown(made, name, callee)}",

@@ -126,7 +126,7 @@ def _parameters(
             value = names.evaluate(default)
         if value is None or value == UNKNOWN or (is_const(value) and known is function.arguments):
             value = _by_name(names, function, parameter, value or UNKNOWN)
-            if value == UNKNOWN and name in _unwrapped(function.module):
+            if value == UNKNOWN and name not in known and name in _unwrapped(function.module):
                 value = Value(data=Thing("ddp"))
         values[name] = value
     return values

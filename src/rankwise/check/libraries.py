@@ -180,3 +180,26 @@ STARTS = re.compile(
     r"|(?:ddp|dist|distributed|fsdp)_?(?:init|setup|initialize)|init_process_group|init_distributed.*|init_dist.*|setup_ddp.*|setup_dist.*"
 )
 """Functions that join the ranks; who calls one runs on every rank."""
+
+HOOKED = re.compile(r"(?:^|\.)(?:LightningModule|(?:pl|L|callbacks)\.Callback|TrainerCallback)$")
+"""Classes whose hooks a trainer calls on every rank."""
+HOOKS = frozenset(
+    [
+        "on_epoch_end",
+        "on_evaluate",
+        "on_fit_end",
+        "on_fit_start",
+        "on_save",
+        "on_save_checkpoint",
+        "on_test_epoch_end",
+        "on_train_begin",
+        "on_train_end",
+        "on_train_epoch_end",
+        "on_train_start",
+        "on_validation_end",
+        "on_validation_epoch_end",
+        "training_epoch_end",
+        "validation_epoch_end",
+    ]
+)
+"""Those in which no single batch is at hand, so that a file that is written is one for all."""

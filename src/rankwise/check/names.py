@@ -11,6 +11,7 @@ from rankwise.check.source import Class, Function, Module
 from rankwise.check.trace import Trace
 from rankwise.check.values import (
     UNKNOWN,
+    VARYING,
     Atom,
     Const,
     Guard,
@@ -115,7 +116,8 @@ class Names:
             known = libraries.attribute(data, node.attr)
             if known is not None:
                 return known.via(self.module.text(node), self.module.path, node.lineno)
-        return self._loose(node, base)
+        found = self._loose(node, base)
+        return VARYING if found == UNKNOWN and base.varies and base.data is None else found
 
     def _of_ref(self, dotted: str, node: ast.Attribute) -> Value:
         if dotted == "os.environ":

@@ -40,7 +40,9 @@ def _many_ranks(program: Program) -> set[object]:
     found = {
         key
         for key, trace in by_key.items()
-        if key in program.started or (_has_evidence(trace) and not trace.module.is_test)
+        if key in program.started
+        or (trace.function is not None and _is_hook(program, trace.function))
+        or (_has_evidence(trace) and not trace.module.is_test)
     }
     parents = {key for key, trace in by_key.items() if any(_starts_processes(call) for call in trace.calls)}
     found -= parents
@@ -66,11 +68,21 @@ def _many_ranks(program: Program) -> set[object]:
     return found
 
 
+def _is_hook(program: Program, function: Function) -> bool:
+    """Whether a trainer of a library calls it, on every rank."""
+    if function.owner is None or function.name not in libraries.HOOKS:
+        return False
+    bases = (base for one in program.base_classes(function.owner) for base in one.node.bases)
+    return any(libraries.HOOKED.search(function.module.text(base)) for base in bases)
+
+
 def _starts(call: Call) -> bool:
     if constant(call.argument(-1, "world_size")) == 1:
         return False
     thing = libraries.made(call.name, call.function, 0) if call.callee is None else None
     accelerate = thing is not None and thing.tag in ("accelerator", "fabric")
+    if call.callee is None and call.last in ("main_process_first", "local_main_process_first"):
+        return True
     return accelerate or (call.callee is None and libraries.STARTS.fullmatch(call.last) is not None)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 
 from rankwise.check import libraries
+from rankwise.check.flags import Flags, decided, flags_of
 from rankwise.check.program import Program
 from rankwise.check.source import Class, Function
 from rankwise.check.trace import Branch, Call, Item, Leave, Loop, Trace
@@ -17,7 +18,7 @@ _MAX_DEPTH = 8
 
 @dataclass(frozen=True)
 class Assumption:
-    """That a rank is the one that passes a test, or is another."""
+    """That a rank is the one that passes a test, or is another, all other tests of ranks being equal."""
 
     scope: str
     text: str
@@ -44,9 +45,12 @@ class Assumption:
             return atom.scope == self.scope and atom.text == self.text and positive != self.is_main
         if atom.scope == self.scope:
             return positive != self.is_main
-        if self.scope == "rank" and self.is_main:
-            return not positive  # rank 0 is the first of its node too
-        return self.scope == "local_rank" and not self.is_main and atom.scope == "rank" and positive
+        if self.scope == "rank" and atom.scope == "local_rank":
+            return not positive  # rank 0 is the first of its node; what is compared with it is the first of another
+        if self.scope == "rank":
+            return positive != self.is_main
+        # Two ranks of one node are compared, and not of the node of rank 0.
+        return positive
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,13 @@ class _Way:
     left: Leave | None = None
     leaves: list[Leave] = field(default_factory=list)
     """All exits on the way, also those of a loop's turn."""
+    passed: set[int] = field(default_factory=set)
+    """The ids of all calls on the way, also of those without collectives."""
+
+    def add(self, inner: _Way) -> None:
+        self.reached += inner.reached
+        self.leaves += inner.leaves
+        self.passed |= inner.passed
 
 
 @dataclass(frozen=True)
@@ -81,35 +92,38 @@ class Sequences:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self._known: dict[tuple[Function, Assumption | None], tuple[str, ...]] = {}
+        self._known: dict[tuple[Function, Assumption | None, Flags], tuple[str, ...]] = {}
 
     def names(self, call: Call, assumption: Assumption | None, depth: int = 0) -> tuple[str, ...]:
         """The collectives that a call ends in."""
         callee = self.program.method(call.callee, "__init__") if isinstance(call.callee, Class) else call.callee
         if callee is not None:
-            return () if call.uncertain else self._of_function(callee, assumption, depth)
+            return () if call.uncertain else self._of_function(callee, assumption, flags_of(call, callee), depth)
         if _of_a_group(call):
             return ()
         name = libraries.collective(call.name, call.receiver)
         return (name,) if name else ()
 
-    def _of_function(self, function: Function, assumption: Assumption | None, depth: int) -> tuple[str, ...]:
-        key = (function, assumption)
+    def _of_function(
+        self, function: Function, assumption: Assumption | None, flags: Flags, depth: int
+    ) -> tuple[str, ...]:
+        key = (function, assumption, flags)
         if key not in self._known:
             self._known[key] = ()
             trace = self.program.trace_of.get(function)
             comes = trace is not None and (assumption is None or assumption.allows(trace.guard))
             if trace is not None and comes and depth < _MAX_DEPTH:
-                way = self.way(trace.items, assumption, depth + 1)
+                way = self.way(trace.items, assumption, depth + 1, flags)
                 self._known[key] = tuple(name for reached in way.reached for name in reached.names)
         return self._known[key]
 
-    def way(self, items: list[Item], assumption: Assumption | None, depth: int = 0) -> _Way:
+    def way(self, items: list[Item], assumption: Assumption | None, depth: int = 0, flags: Flags = frozenset()) -> _Way:
         """What a rank comes to in these items, in order."""
         way = _Way([])
         for item in items:
             if isinstance(item, Call):
                 names = self.names(item, assumption, depth)
+                way.passed.add(id(item))
                 if names:
                     way.reached.append(Reached(item, names))
             elif isinstance(item, Leave):
@@ -117,27 +131,31 @@ class Sequences:
                 way.leaves.append(item)
                 break
             elif isinstance(item, Loop):
-                inner = self.way(item.body, assumption, depth)
-                way.reached += inner.reached
-                way.leaves += inner.leaves
+                inner = self.way(item.body, assumption, depth, flags)
+                way.add(inner)
                 if inner.left is not None and inner.left.how in ("return", "exit") and _always(item.body, inner.left):
                     way.left = inner.left
                     break
             else:
-                taken = assumption.decide(item.test) if assumption else None
-                if self._take(way, item, taken, assumption, depth):
+                taken = decided(getattr(item.node, "test", None), flags)
+                if taken is None and assumption:
+                    taken = assumption.decide(item.test)
+                if self._take(way, item, taken, assumption, depth, flags):
                     break
         return way
 
-    def _take(self, way: _Way, item: Branch, taken: bool | None, assumption: Assumption | None, depth: int) -> bool:
+    def _take(
+        self, way: _Way, item: Branch, taken: bool | None, assumption: Assumption | None, depth: int, flags: Flags
+    ) -> bool:
         """Add one branch; whether the way ends in it."""
         if taken is not None:
-            inner = self.way(item.then if taken else item.other, assumption, depth)
-            way.reached += inner.reached
-            way.leaves += inner.leaves
+            inner = self.way(item.then if taken else item.other, assumption, depth, flags)
+            way.add(inner)
             way.left = inner.left
             return inner.left is not None
-        first, second = self.way(item.then, assumption, depth), self.way(item.other, assumption, depth)
+        first = self.way(item.then, assumption, depth, flags)
+        second = self.way(item.other, assumption, depth, flags)
+        way.passed |= first.passed | second.passed
         way.reached += first.reached
         if [one.names for one in first.reached] != [one.names for one in second.reached]:
             way.reached += second.reached
@@ -154,6 +172,8 @@ class Sequences:
             ways = [self.way(trace.items, Assumption(atom.scope, atom.text, is_main)) for is_main in (True, False)]
             for mine, others in ((ways[0], ways[1]), (ways[1], ways[0])):
                 for reached in _only(mine.reached, others.reached):
+                    if id(reached.call) in others.passed:
+                        continue  # all come to this call, and part in it: it is told there
                     if atom.scope == "some" and "init_process_group" in reached.names:
                         continue  # a group of some ranks alone
                     leave = next((one for one in reversed(others.leaves) if _skips(one, reached.call)), None)

@@ -7,6 +7,7 @@ import io
 import re
 import tokenize
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -238,8 +239,19 @@ def _blocks(statement: ast.stmt) -> list[list[ast.stmt]]:
     return blocks + [case.body for case in getattr(statement, "cases", ())]
 
 
+def _statements(tree: ast.Module) -> Iterator[ast.stmt]:
+    """All of a file, without a look into expressions, which are the most of it."""
+    waiting: list[ast.AST] = list(reversed(tree.body))
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.stmt):
+            yield node
+        for name in ("cases", "finalbody", "orelse", "handlers", "body"):
+            waiting.extend(reversed(getattr(node, name, ())))
+
+
 def _imports(module: Module) -> None:
-    for node in ast.walk(module.tree):
+    for node in _statements(module.tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 module.imports[alias.asname or alias.name.split(".")[0]] = (

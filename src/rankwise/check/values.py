@@ -84,13 +84,16 @@ class Value:
     """How many values stand inside each other in `data`."""
 
     def via(self, text: str, path: str, line: int) -> Value:
-        """The same after one more step, which is left out where it repeats the last."""
+        """The same after one more step; of two that say the same one is left out."""
         if not self.kind and self.test is None:
             return self
         step = Step(text, path, line)
         if self.trail[:1] == (step,):
             return self
-        return replace(self, trail=(step, *self.trail[: _MAX_TRAIL - 1]))
+        before = self.trail
+        if before and (before[0].path, before[0].line) == (path, line) and text.endswith(f" <- {before[0].text}"):
+            before = before[1:]  # the new step says it too
+        return replace(self, trail=(step, *before[: _MAX_TRAIL - 1]))
 
 
 UNKNOWN = Value()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import replace
 from typing import Literal
 
@@ -23,6 +24,7 @@ from rankwise.check.values import (
     Many,
     Ref,
     Test,
+    Thing,
     Value,
     both,
     constant,
@@ -124,10 +126,13 @@ class Walker(Caller):
         before, variables, items = self.guard, self.variables, self.items
         then_items: list[Item] = []
         other_items: list[Item] = []
+        wrapped = _asks_for_wrapper(node.test)
         self.guard, self.variables, self.items = both(before, test.when_true), dict(variables), then_items
         then_ended = self.run(node.body)
         then_variables = self.variables
         self.guard, self.variables, self.items = both(before, test.when_false), dict(variables), other_items
+        if wrapped is not None:
+            self.variables[wrapped] = Value(data=Thing("bare"))
         other_ended = self.run(node.orelse)
         other_variables = self.variables
         self.guard, self.items = before, items
@@ -291,6 +296,16 @@ class Walker(Caller):
             else:
                 joined = join(joined, value)
         return joined or UNKNOWN
+
+
+def _asks_for_wrapper(test: ast.expr) -> str | None:
+    """The variable of `hasattr(model, "module")` or `isinstance(model, DDP)`: where that is false it has no wrapper."""
+    match test:
+        case ast.Call(func=ast.Name(id="hasattr"), args=[ast.Name(id=name), ast.Constant(value="module")]):
+            return name
+        case ast.Call(func=ast.Name(id="isinstance"), args=[ast.Name(id=name), kind]):
+            return name if re.search(r"\bDDP\b|DistributedDataParallel", ast.unparse(kind)) else None
+    return None
 
 
 def _opposite(test: Test) -> tuple[Atom, ...]:

@@ -28,8 +28,6 @@ _SECOND = frozenset(
         "os.symlink",
         "pickle.dump_",
         "joblib.dump",
-        "accelerator.save",
-        "accelerate.utils.save",
         "torchaudio.save_",
     ]
 )
@@ -52,8 +50,10 @@ _FIRST = frozenset(
 )
 _METHODS = frozenset({"write_text", "write_bytes"})
 _FIRST_OF_METHOD = frozenset({"save_pretrained", "to_csv", "to_json", "to_parquet", "savefig", "to_pickle"})
+_IS_CONFIG = re.compile(r"(?:^|[._])(?:cfg|config)$", re.IGNORECASE)
 _SAME_EVERYWHERE = re.compile(r"token|processor|config|extractor|scheduler|feature", re.IGNORECASE)
 _ON_THIS_NODE = re.compile(r"tmp|temp|cache|scratch|local_dir|/dev/", re.IGNORECASE)
+_IS_PATH = re.compile(r"path|file|folder|_dir\b|ckpt|\.(?:pth?|ckpt|png|jpg|npy|json)\b", re.IGNORECASE)
 TRACKERS = frozenset(
     [
         "wandb.init",
@@ -111,6 +111,8 @@ def written_path(call: Call) -> ast.expr | None:
     if isinstance(call.node.func, ast.Attribute):
         if last in _METHODS:
             return call.node.func.value
+        if last == "dump" and len(call.node.args) == 1 and _IS_CONFIG.search(call.module.text(call.node.func.value)):
+            return call.node.args[0]
         if last in _FIRST_OF_METHOD and not _SAME_EVERYWHERE.search(call.module.text(call.node.func.value)):
             return call.argument_node(0, "save_directory", "path_or_buf", "fname", "path")
     return None
@@ -165,6 +167,8 @@ def _work(program: Program, call: Call, known: dict[Function, str | None], depth
     thing = call.receiver.data if call.receiver is not None else None
     if isinstance(call.callee, Class) or isinstance(thing, Thing):
         return None
+    if call.last == "save" and call.node.args and _IS_PATH.search(call.module.text(call.node.args[0])):
+        return f"{shown}()"
     if _SAVES.fullmatch(call.last) and not call.name.startswith(("torch.", "tokenizer")):
         return f"{shown}()"
     return None

@@ -126,3 +126,8 @@ def test_functions_that_call_each_other_end() -> None:
     a(1)
     """
     assert analyze({"a.py": dedent(text)}).findings == ()
+
+
+def test_a_trail_says_nothing_twice() -> None:
+    found = value_of("rank = dist.get_rank()\nfound = rank")
+    assert [step.text for step in found.trail] == ["found <- rank", "rank <- dist.get_rank()"]

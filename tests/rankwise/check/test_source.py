@@ -57,3 +57,15 @@ def test_relative_imports_are_made_whole() -> None:
 def test_a_licence_alone_does_not_mark_a_file() -> None:
     assert not is_marked("# distributed under the License is distributed on an AS IS BASIS\nx = frank\n")
     assert is_marked("import torch.distributed as dist")
+
+
+def test_imports_are_found_in_blocks_too() -> None:
+    text = (
+        "rank = 0\ntry:\n    import a\nexcept ImportError:\n    import b as c\n"
+        "else:\n    from d import e\nfinally:\n    import f\n"
+        "def g():\n    if x:\n        import h\n    else:\n        import i\n    with y:\n        import j\n"
+        "class K:\n    import k\nmatch z:\n    case 1:\n        import m\n"
+    )
+    module = parse("a.py", text)
+    assert isinstance(module, Module)
+    assert module.imports == {name: name for name in "afhijkm"} | {"c": "b", "e": "d.e"}

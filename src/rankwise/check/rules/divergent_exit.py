@@ -28,21 +28,29 @@ meant to leave before its collectives.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 
 from rankwise.check.finding import Finding, Step
 from rankwise.check.program import Program
 from rankwise.check.rules.divergent_collective import differences
+from rankwise.check.sequences import Difference
+from rankwise.check.source import Module
 
 
 def check(program: Program) -> Iterator[Finding]:
+    by_exit: dict[tuple[Module, ast.AST], list[Difference]] = {}
     for module, difference in differences(program):
-        leave = difference.leave
-        if leave is not None:
-            call = difference.call
-            message = (
-                f"some ranks leave here; the others go on to {module.text(call.node.func)}() in line "
-                f"{call.node.lineno} and wait there until the timeout"
-            )
-            trail = (Step(f"{difference.names[0]}: {module.text(call.node)}", module.path, call.node.lineno),)
-            yield module.finding("RW402", leave.node, "error", message, trail + difference.atom.trail)
+        if difference.leave is not None:
+            by_exit.setdefault((module, difference.leave.node), []).append(difference)
+    for (module, node), found in by_exit.items():
+        first = min(found, key=lambda one: (one.call.node.lineno, one.call.node.col_offset))
+        call = first.call
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        message = (
+            f"some ranks leave here; the others go on to {module.text(call.node.func)}() in line "
+            f"{call.node.lineno}{more} and wait there until the timeout"
+        )
+        trail = (Step(f"{first.names[0]}: {module.text(call.node)}", module.path, call.node.lineno),)
+        assert isinstance(node, ast.stmt | ast.expr)
+        yield module.finding("RW402", node, "error", message, trail + first.atom.trail)

@@ -142,3 +142,54 @@ def test_the_message_names_the_collective_and_the_guard() -> None:
     [finding] = analyze({"train.py": text}, {"RW401"}).findings
     assert "only rank 0 comes to this barrier" in finding.message
     assert finding.trail[0].text == "guard: rank == 0"
+
+
+MAIN_FIRST = """import os, torch.distributed as dist
+rank, local_rank = dist.get_rank(), int(os.environ["LOCAL_RANK"])
+def load(path, evaluate=False):
+    if local_rank not in (-1, 0) and not evaluate:
+        dist.barrier()
+    prepare(path)
+    if local_rank == 0 and not evaluate:
+        dist.barrier()
+"""
+
+
+def test_a_flag_of_the_call_says_whether_its_collectives_are_reached(expect: Expect) -> None:
+    expect("RW401", f"{MAIN_FIRST}if rank == 0:\n    load('test', evaluate=True)\n")
+    expect("RW401", f"{MAIN_FIRST}if rank == 0:\n    load('test')  #! RW401\n")
+
+
+def test_the_first_of_a_node_and_the_first_of_all_may_be_tested_in_one_function(expect: Expect) -> None:
+    expect(
+        "RW401",
+        """
+        import os, torch.distributed as dist
+        rank, local_rank = dist.get_rank(), int(os.environ["LOCAL_RANK"])
+        def main():
+            if local_rank != 0:
+                dist.barrier()
+            load()
+            if local_rank == 0:
+                dist.barrier()
+            if rank == 0:
+                save()
+        """,
+    )
+
+
+def test_a_difference_inside_a_function_is_told_there_alone(expect: Expect) -> None:
+    expect(
+        "RW401",
+        """
+        import torch.distributed as dist
+        rank = dist.get_rank()
+        def train():
+            if rank == 0:
+                dist.all_reduce(x)  #! RW401
+        def main():
+            train()
+            if rank == 0:
+                save()
+        """,
+    )

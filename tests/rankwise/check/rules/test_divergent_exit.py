@@ -3,6 +3,8 @@ from textwrap import indent
 
 import pytest
 
+from rankwise.check import analyze
+
 Expect = Callable[..., None]
 HEAD = "import sys, torch.distributed as dist\nrank = dist.get_rank()\n"
 
@@ -34,3 +36,10 @@ def test_an_exit_of_some_ranks_before_a_collective_is_found(expect: Expect, body
 )
 def test_an_exit_that_leaves_nobody_waiting_is_right(expect: Expect, body: str) -> None:
     expect("RW402", f"{HEAD}def train(x):\n{indent(body, '    ')}\n")
+
+
+def test_an_exit_before_several_collectives_is_one_finding() -> None:
+    text = f"{HEAD}def train(x):\n    if rank:\n        return\n" + "    dist.barrier()\n" * 3
+    findings = analyze({"a.py": text}, {"RW402"}).findings
+    assert [finding.line for finding in findings] == [5]
+    assert "line 6 and 2 more" in findings[0].message

@@ -156,3 +156,51 @@ def test_a_script_of_one_process_is_right(expect: Expect) -> None:
 
 def test_a_dump_after_a_failure_is_right(expect: Expect) -> None:
     expect("RW301", f"{HEAD}try:\n    step()\nexcept RuntimeError:\n    torch.save(batch, 'bad.pt')\n    raise\n")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        "(folder / uuid.uuid4().hex).with_suffix('.tmp').write_text('{}')",
+        "path.with_suffix(f'.{uuid.uuid4().hex}').write_text('{}')",
+        "accelerator.save(state, 'x.pt')",
+        "cfg.dump()",
+    ],
+)
+def test_a_write_that_is_each_ranks_own_or_is_guarded_inside_is_right(expect: Expect, write: str) -> None:
+    expect("RW301", f"{HEAD}{write}\n")
+
+
+def test_a_configuration_that_every_rank_dumps_is_found(expect: Expect) -> None:
+    expect("RW301", f"{HEAD}cfg.dump(os.path.join(cfg.work_dir, 'config.py'))  #! RW301\n")
+
+
+def test_a_write_in_a_hook_that_every_rank_runs_is_found(expect: Expect) -> None:
+    expect(
+        "RW301",
+        """
+        import torch, lightning as L
+        class Model(L.LightningModule):
+            def on_save_checkpoint(self, checkpoint):
+                torch.save(self.ema, "ema.pt")  #! RW301
+            def on_fit_end(self):
+                if self.trainer.is_global_zero:
+                    torch.save(self.ema, "ema.pt")
+            def training_step(self, batch):
+                torch.save(batch, "batch.pt")
+        """,
+    )
+
+
+def test_who_calls_what_lets_the_main_process_first_runs_on_every_rank(expect: Expect) -> None:
+    expect(
+        "RW301",
+        """
+        def load(args):
+            with args.main_process_first():
+                return prepare()
+        def main(args):
+            load(args)
+            open("args.json", "w").write(str(args))  #! RW301
+        """,
+    )

@@ -49,3 +49,30 @@ def test_a_branch_that_takes_the_wrapper_off_is_believed(expect: Expect) -> None
     expect(
         "RW403", f"{HEAD}if dist.get_rank() == 0:\n    if distributed:\n        model = model.module\n    model(x)\n"
     )
+
+
+@pytest.mark.parametrize("test", ['hasattr(model, "module")', "isinstance(model, DDP)"])
+def test_what_is_asked_for_its_wrapper_has_none_where_the_answer_is_no(expect: Expect, test: str) -> None:
+    body = f"    if {test}:\n        y = model.module(x)\n    else:\n        y = model(x)\n"
+    expect("RW403", f"{HEAD}if dist.get_rank() == 0:\n{body}")
+
+
+def test_a_model_that_callers_hand_over_is_what_they_say(expect: Expect) -> None:
+    expect(
+        "RW403",
+        """
+        import torch.distributed as dist
+        def save(model):
+            model.module.state_dict()
+        def evaluate(model):
+            return model(x)
+        if dist.get_rank() == 0:
+            evaluate(Net.from_pretrained("x"))
+        """,
+    )
+
+
+def test_what_a_lone_process_hands_over_has_no_wrapper(expect: Expect) -> None:
+    text = f"{HEAD}def evaluate(model):\n    return model(x)\nlocal_rank = int(os.environ['LOCAL_RANK'])\n"
+    text += "if local_rank == -1:\n    evaluate(model)\nif local_rank == 0:\n    evaluate(load())\n"
+    expect("RW403", "import os\n" + text)
