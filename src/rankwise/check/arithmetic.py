@@ -22,6 +22,8 @@ def arithmetic(operator: ast.operator, left: Value, right: Value, right_text: st
         if isinstance(other.data, Const):
             return VARYING
         return replace(of("rank"), data=None) if other.data is _PRODUCT else VARYING
+    if isinstance(operator, ast.FloorDiv | ast.Div) and right.kind == "world_size" and not left.kind:
+        return Value("", left.varies, None, SHARE)
     if isinstance(operator, ast.Mult):
         kinds = {left.kind, right.kind}
         if kinds & {"node_rank", "some_rank", "rank"} or (left.varies or right.varies):
@@ -33,6 +35,8 @@ def arithmetic(operator: ast.operator, left: Value, right: Value, right_text: st
 
 
 _PRODUCT = Ref("<product>")
+SHARE = Ref("<share>")
+"""A number of things divided by the world size."""
 
 
 def merge(first: Value, second: Value, test: Test) -> Value:

@@ -34,7 +34,9 @@ from rankwise.check.values import (
     of,
 )
 
-_SAME = frozenset({"int", "str", "float", "Path", "copy.copy", "copy.deepcopy", "typing.cast", "torch.compile"})
+_SAME = frozenset(
+    ["int", "str", "float", "Path", "copy.copy", "copy.deepcopy", "typing.cast", "torch.compile", "math.ceil", "round"]
+)
 _SAME_OBJECT = frozenset({"to", "cuda", "cpu", "eval", "train", "half", "float", "bfloat16", "strip", "copy", "item"})
 _UNWRAP = frozenset({"unwrap_model", "unwrap_ddp", "de_parallel", "unwrap", "extract_model_from_parallel"})
 _MAX_INLINE = 3
@@ -194,8 +196,10 @@ class Caller(Evaluator):
             return Value(data=Thing("bare"))
         if facts.is_varying(name):
             return VARYING
-        if last == "device_name" or name == "torch.device":
-            return _device(made.argument(1 if name == "torch.device" else 0, "index"), varies)
+        if name == "torch.device":
+            return _device(UNKNOWN, varies)  # a wrong number is told here, and not at each use again
+        if last == "device_name":
+            return _device(made.argument(0), varies)
         if receiver is not None:
             if last == "format" and isinstance(constant(receiver), str):
                 text = str(constant(receiver))
@@ -210,7 +214,8 @@ class Caller(Evaluator):
             "torch.distributed.is_available",
         ):
             return Value(test=Test((), (Atom("single", "main"),)))
-        return _varying(varies or (receiver is not None and receiver.varies and not isinstance(receiver.data, Ref)))
+        varies |= receiver is not None and receiver.varies and not isinstance(receiver.data, Ref)
+        return _varying(varies or facts.is_other_rank(last))
 
     def _same(self, made: Call, name: str) -> Value:
         if name == "getattr":

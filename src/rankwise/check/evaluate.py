@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from rankwise.check import facts
-from rankwise.check.arithmetic import arithmetic, merge
+from rankwise.check.arithmetic import SHARE, arithmetic, merge
 from rankwise.check.conditions import by_name, combine, compare, truth
 from rankwise.check.names import Names
 from rankwise.check.values import (
@@ -50,6 +50,8 @@ class Evaluator(Names):
             self._slice(node.slice.lower, node.slice.step)
         if isinstance(base.data, Ref) and base.data.name == "os.environ":
             return self.environment(key, None, node)
+        if key.kind == "local_rank" and isinstance(node.value, ast.Call) and self._splits(node.value):
+            self.trace.shares.append((node.slice, key, "which items are this process's"))
         if isinstance(base.data, Table):
             return base.data.get(constant(key))
         index = constant(key)
@@ -68,6 +70,12 @@ class Evaluator(Names):
                 return of(named, self.module.step(self.module.text(node), node))
         return VARYING if base.varies or key.varies else UNKNOWN
 
+    def _splits(self, node: ast.Call) -> bool:
+        """Whether a call divides something by the world size: `chunk(x, world_size)`."""
+        made = next((one for one in reversed(self.trace.calls) if one.node is node), None)
+        splits = made is not None and made.last in ("array_split", "chunk", "split", "tensor_split")
+        return made is not None and splits and any(one.kind == "world_size" for one in made.arguments)
+
     def environment(self, key: Value, default: Value | None, node: ast.expr) -> Value:
         """What a variable of the environment holds."""
         name = constant(key)
@@ -81,6 +89,9 @@ class Evaluator(Names):
         varies = left.varies or right.varies
         if isinstance(node.op, ast.Add) and "local_rank" in (left.kind, right.kind):
             self.trace.sums[node] = left if left.kind == "local_rank" else right
+        for one, other in ((left, right), (right, left)):
+            if isinstance(node.op, ast.Mult) and one.kind == "local_rank" and other.data is SHARE:
+                self.trace.shares.append((node, one, "which items are this process's"))
         result = arithmetic(node.op, left, right, self.module.text(node.right, 200))
         if result is not None:
             return result.via(self.module.text(node), self.module.path, node.lineno)

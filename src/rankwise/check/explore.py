@@ -47,13 +47,24 @@ def _run_module(program: Program, module: Module, backwards: bool) -> None:
             _run_class(program, owner)
         walker.run(module.tree.body)
         program.traces.append(trace)
-        for function in reversed(module.functions) if backwards else module.functions:
+        for function in _backwards(module.functions) if backwards else module.functions:
             _run_function(program, function)
     except RecursionError:
         program.cannot_parse[module.path] = CannotParse(module.path, 1, "cannot parse: nested too deeply")
     for trace in program.traces[first:]:
         for call in trace.calls:
             _special(program, call)
+
+
+def _backwards(functions: list[Function]) -> list[Function]:
+    """From the last to the first, but what makes an object before what uses it."""
+    makers = {one.owner: one for one in functions if one.owner is not None and one.name == "__init__"}
+    found: dict[Function, None] = {}
+    for one in reversed(functions):
+        if one.owner is not None and one.owner in makers:
+            found.setdefault(makers[one.owner])
+        found.setdefault(one)
+    return list(found)
 
 
 def _run_class(program: Program, owner: Class) -> None:

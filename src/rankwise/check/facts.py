@@ -125,6 +125,9 @@ _ONLY_MAIN = re.compile(
 _ONLY_LOCAL_MAIN = re.compile(
     r"_?(?:only_(?:on_)?|on_)?local_(?:main_process|master_process|rank_?(?:zero|0)|(?:main|master|root)(?=_only))(?:_(?:process|rank))?(?:_only)?"
 )
+_OTHER_RANK = re.compile(
+    r"(?!.*(?:lora|low|max|min|matrix|adapter|page)_)\w+_rank|rank_in_\w+|\w+_parallel_rank|is_\w+_(?:first|last)_stage"
+)
 _EXITS = frozenset({"sys.exit", "exit", "quit", "os._exit", "os.abort"})
 _VARYING = frozenset(
     [
@@ -168,6 +171,11 @@ def named_test(name: str) -> Value | None:
     if _MAIN.fullmatch(name) and name not in _NOT_MAIN and not name.endswith("only"):
         return testing(Atom("rank", "main"))
     return None
+
+
+def is_other_rank(name: str) -> bool:
+    """Whether a name says that it is a rank among some of the processes, such as `dp_rank`."""
+    return _OTHER_RANK.fullmatch(name) is not None
 
 
 def says_distributed(name: str) -> bool:

@@ -25,6 +25,8 @@ _MADE = {
     "AcceleratorState": "accelerator",
     "Fabric": "fabric",
     "Popen": "process",
+    "BytesIO": "buffer",
+    "StringIO": "buffer",
 }
 
 

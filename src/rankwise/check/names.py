@@ -155,7 +155,7 @@ class Names:
             return of(kind, self.module.step(self.module.text(node), node))
         if facts.says_distributed(name):
             return Value(test=Test((), (Atom("single", "main"),)))
-        return facts.named_test(name) or UNKNOWN
+        return facts.named_test(name) or (VARYING if facts.is_other_rank(name) else UNKNOWN)
 
 
 def _last(node: ast.expr) -> str:

@@ -80,10 +80,10 @@ def _starts(call: Call) -> bool:
     if constant(call.argument(-1, "world_size")) == 1:
         return False
     thing = libraries.made(call.name, call.function, 0) if call.callee is None else None
-    accelerate = thing is not None and thing.tag in ("accelerator", "fabric")
+    joined = thing is not None and thing.tag in ("accelerator", "fabric", "ddp")
     if call.callee is None and call.last in ("main_process_first", "local_main_process_first"):
         return True
-    return accelerate or (call.callee is None and libraries.STARTS.fullmatch(call.last) is not None)
+    return joined or (call.callee is None and libraries.STARTS.fullmatch(call.last) is not None)
 
 
 def _in_test(call: Call) -> bool:

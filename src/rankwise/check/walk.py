@@ -35,6 +35,10 @@ from rankwise.check.values import (
 
 _How = Literal["return", "exit", "raise", "continue", "break"]
 _MAX_DEPTH = 60
+_SHARES = re.compile(r"loader|dataset|batch|sampler|samples|shard|share|chunk|subset|my_|mine|rank|worker")
+_GOES_OVER = frozenset(
+    {"", "enumerate", "zip", "sorted", "list", "tuple", "set", "reversed", "map", "filter", "range", "trange"}
+)
 
 
 class Walker(Caller):
@@ -165,7 +169,7 @@ class Walker(Caller):
     def _for(self, node: ast.For | ast.AsyncFor) -> None:
         source = self.evaluate(node.iter)
         text = self.module.text(node.iter, 200)
-        per_rank = source.varies or any(word in text for word in ("loader", "dataset", "batch", "sampler", "samples"))
+        per_rank = source.varies or _SHARES.search(text) is not None or self._is_opaque(node.iter)
         is_range = isinstance(node.iter, ast.Call) and text.startswith(("range(", "trange("))
         element = VARYING if per_rank and not is_range else UNKNOWN
         if is_range and not source.varies:
@@ -175,6 +179,13 @@ class Walker(Caller):
         self.assign(node.target, element, node)
         self._loop(node, node.body)
         self.run(node.orelse)
+
+    def _is_opaque(self, node: ast.expr) -> bool:
+        """Whether a call of a function that was not given, and is not known, makes what is gone over."""
+        made = self.trace.calls[-1] if isinstance(node, ast.Call) and self.trace.calls else None
+        if made is None or made.node is not node or made.callee is not None:
+            return False
+        return isinstance(node.func, ast.Name) and made.last not in _GOES_OVER and made.name not in _GOES_OVER
 
     def _while(self, node: ast.While) -> bool:
         test = truth(self.evaluate(node.test), self.module.text(node.test))
@@ -219,11 +230,13 @@ class Walker(Caller):
         return self.run(node.finalbody) or ended
 
     def _match(self, node: ast.Match) -> None:
-        self.evaluate(node.subject)
+        subject = self.evaluate(node.subject)
         before, guard = dict(self.variables), self.guard
+        # Which ranks a case is for is not looked at.
+        doubt: Guard = (Atom("some", "main", False),) if subject.varies else ()
         after: dict[str, Value] | None = None
         for case in node.cases:
-            self.variables, self.guard = dict(before), guard
+            self.variables, self.guard = dict(before), both(guard, doubt)
             ended = self.run(case.body)
             if not ended:
                 after = self.variables if after is None else self._merged(after, self.variables, Test())

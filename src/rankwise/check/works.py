@@ -85,6 +85,7 @@ _TRACKED = frozenset(
         "swanlab.log",
     ]
 )
+_UPLOADS = frozenset({"upload_file", "upload_folder"})
 _SAVES = re.compile(
     r"_?(?:save|export|upload|push|dump)_?(?:model|checkpoint|ckpt|snapshot|state|weights|to_hub|.*checkpoint.*|pretrained|.*ckpt.*)\w*"
 )
@@ -93,7 +94,7 @@ _SAVES = re.compile(
 def written_path(call: Call) -> ast.expr | None:
     """The expression of the path that a call writes; None where it writes none."""
     name, last = call.name, call.last
-    if call.callee is not None and not call.uncertain:
+    if (call.callee is not None and not call.uncertain) or "is_main_process" in call.keywords:
         return None
     if name in ("open", "io.open", "codecs.open", "gzip.open"):
         mode = constant(call.argument(1, "mode"))
@@ -160,7 +161,7 @@ def _work(program: Program, call: Call, known: dict[Function, str | None], depth
         return (
             None if _ON_THIS_NODE.search(call.module.text(path)) else f"{shown}() writes {call.module.text(path, 40)}"
         )
-    if starts_tracker(call) or call.name in _TRACKED:
+    if starts_tracker(call) or call.name in _TRACKED or (call.last in _UPLOADS and call.callee is None):
         return f"{shown}()"
     if makes_folder(call):
         return f"{shown}() makes a folder"

@@ -36,7 +36,7 @@ from rankwise.check.finding import Edit, Finding
 from rankwise.check.program import Program
 from rankwise.check.source import Function
 from rankwise.check.trace import Call, Trace
-from rankwise.check.values import DeviceName, Many, Ref, Table, Thing, Value
+from rankwise.check.values import DeviceName, Many, Ref, Table, Value
 
 _SETTERS = frozenset({"set_device", "set_device_index"})
 _DEVICE_NAMES = ("local_rank", "gpu", "gpu_id", "device", "device_id", "local_process_index")
@@ -140,7 +140,7 @@ def _keyword(call: Call, name: str, node: ast.expr) -> Iterator[tuple[ast.expr, 
     elif name == "device_map" and isinstance(value.data, Table):
         for _, one in value.data.items:
             yield node, one
-    elif name == "device" and outside and not isinstance(value.data, Thing) and isinstance(value.data, DeviceName):
+    elif name == "device" and outside and (isinstance(value.data, DeviceName) or call.name.startswith("torch.")):
         yield node, value
 
 

@@ -126,14 +126,32 @@ def _has_unknown_star(program: Program, module: Module) -> bool:
 
 
 def _has_epochs(traces: list[Trace]) -> bool:
-    """Whether the file goes over something again and again: a loop over epochs, or a loader inside an endless loop."""
+    """Whether the file goes over something again and again: a loop over epochs, or a loader inside another loop."""
     for trace in traces:
         for loop in trace.loops:
             if isinstance(loop, ast.For) and re.search(r"epoch", ast.unparse(loop.target) + ast.unparse(loop.iter)):
                 return True
-            if isinstance(loop, ast.While) and any(isinstance(one, ast.For) for one in ast.walk(loop)):
+            inner = [one for one in ast.walk(loop) if one is not loop]
+            if isinstance(loop, ast.For) and _counts(loop) and any(_goes_over_loader(trace, one) for one in inner):
+                return True
+            if isinstance(loop, ast.While) and any(isinstance(one, ast.For) or _starts_again(one) for one in inner):
                 return True
     return False
+
+
+def _counts(loop: ast.For) -> bool:
+    return ast.unparse(loop.iter).startswith(("range(", "trange(", "tqdm(range(", "itertools.count(", "count("))
+
+
+def _goes_over_loader(trace: Trace, node: ast.AST) -> bool:
+    return isinstance(node, ast.For) and any(
+        _is_loader(trace.module, one) for one in ast.walk(node.iter) if isinstance(one, ast.expr)
+    )
+
+
+def _starts_again(node: ast.AST) -> bool:
+    """Whether an iterator that is at its end is made anew."""
+    return isinstance(node, ast.ExceptHandler) and node.type is not None and "StopIteration" in ast.unparse(node.type)
 
 
 def _hands_over(traces: list[Trace]) -> bool:
@@ -142,6 +160,10 @@ def _hands_over(traces: list[Trace]) -> bool:
         for call in trace.calls:
             if call.callee is not None or call.last in _HARMLESS:
                 continue
+            values = (*call.arguments, *call.keywords.values())
+            loaders = (one.data for one in values if isinstance(one.data, Thing))
+            if call.last in ("fit", "run", "train") and any(one.tag in ("loader", "sampler") for one in loaders):
+                return True
             nodes = [*call.node.args, *(keyword.value for keyword in call.node.keywords)]
             if any(_is_loader(trace.module, node) for node in nodes):
                 return True

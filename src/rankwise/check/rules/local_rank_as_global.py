@@ -82,5 +82,16 @@ def _arithmetic(trace: Trace) -> Iterator[Finding]:
     for call in trace.calls:
         if call.last in _SEEDS:
             for node in (*call.node.args, *(keyword.value for keyword in call.node.keywords)):
-                if node in trace.sums:
-                    yield _finding(trace, node, trace.sums[node], "the random numbers")
+                held = trace.sums.get(node) or _sum_in(trace, call, node)
+                if held is not None:
+                    yield _finding(trace, node, held, "the random numbers")
+
+
+def _sum_in(trace: Trace, call: Call, node: ast.expr) -> Value | None:
+    """The local rank in the sum that a variable was last given before a call."""
+    if not isinstance(node, ast.Name):
+        return None
+    held = [one for one in trace.stores if isinstance(one.target, ast.Name) and one.target.id == node.id]
+    before = [one for one in held if one.node.lineno < call.node.lineno]
+    right = getattr(before[-1].node, "value", None) if before else None
+    return trace.sums.get(right) if isinstance(right, ast.expr) else None

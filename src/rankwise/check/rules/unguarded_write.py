@@ -34,7 +34,7 @@ from rankwise.check.finding import Finding
 from rankwise.check.program import Program
 from rankwise.check.reach import runs_on_many
 from rankwise.check.trace import Call
-from rankwise.check.values import Value, constant
+from rankwise.check.values import Thing, Value, constant
 from rankwise.check.works import calls_with, written_path
 
 _FETCHES = re.compile(r"download|fetch|cache|maybe_get|urlretrieve", re.IGNORECASE)
@@ -61,10 +61,12 @@ def check(program: Program) -> Iterator[Finding]:
 def _varies(call: Call, path: ast.expr) -> bool:
     values: list[Value] = [*call.arguments, *call.keywords.values()]
     nodes = [*call.node.args, *(keyword.value for keyword in call.node.keywords if keyword.arg)]
-    if re.search(r"\btmp_?|\btemp", call.module.text(path)):
+    if re.search(r"\btmp_?|\btemp|lock\b|\bbuf(?:fer)?\b", call.module.text(path)):
         return True
     for node, value in zip(nodes, values, strict=False):
         if node is path:
+            if isinstance(value.data, Thing) and value.data.tag == "buffer":
+                return True
             return value.varies or "devnull" in call.module.text(path) or str(constant(value)).startswith("/dev/")
     return call.receiver is not None and call.receiver.varies
 

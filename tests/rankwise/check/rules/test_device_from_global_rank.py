@@ -192,3 +192,19 @@ def test_columns_count_characters() -> None:
     text = "import torch, os\nrank = int(os.environ['RANK'])\nprint('\u00e9\u00e9'); torch.cuda.set_device(rank)\n"
     [finding] = analyze({"train.py": text}, {"RW101"}).findings
     assert text.splitlines()[2][finding.column - 1 : finding.end_column - 1] == "rank"
+
+
+def test_a_wrong_device_is_told_where_it_is_made_and_not_at_each_use(expect: Expect) -> None:
+    expect(
+        "RW101",
+        """
+        import torch, torch.distributed as dist
+        device = torch.device("cuda", dist.get_rank())  #! RW101
+        model.to(device)
+        x = x.to(device=device)
+        """,
+    )
+
+
+def test_a_tensor_made_on_a_device_by_the_global_rank_is_found(expect: Expect) -> None:
+    expect("RW101", "import torch, torch.distributed as dist\nx = torch.zeros(1, device=dist.get_rank())  #! RW101\n")

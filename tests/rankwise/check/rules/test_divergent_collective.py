@@ -193,3 +193,19 @@ def test_a_difference_inside_a_function_is_told_there_alone(expect: Expect) -> N
                 save()
         """,
     )
+
+
+def test_a_context_manager_may_hold_back_on_entry_and_let_go_on_exit(expect: Expect) -> None:
+    expect(
+        "RW401",
+        """
+        import torch.distributed as dist
+        class First:
+            def __enter__(self):
+                if dist.get_rank() != 0:
+                    dist.barrier()
+            def __exit__(self, *error):
+                if dist.get_rank() == 0:
+                    dist.barrier()
+        """,
+    )

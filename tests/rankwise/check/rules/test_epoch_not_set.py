@@ -54,3 +54,23 @@ def test_the_fix_sets_the_epoch_first_in_the_loop() -> None:
     [finding] = analyze({"train.py": text}, {"RW501"}).findings
     [edit] = finding.edits
     assert (edit.line, edit.column, edit.replacement) == (6, 4, "sampler.set_epoch(epoch)\n    ")
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        "for turn in range(10):\n    for batch in train_loader:\n        step(batch)",
+        "batches = iter(train_loader)\nwhile num_steps < 9:\n    try:\n        step(next(batches))\n"
+        "    except StopIteration:\n        batches = iter(train_loader)",
+    ],
+)
+def test_a_loader_that_is_gone_over_again_and_again_needs_epochs(expect: Expect, loop: str) -> None:
+    head = "from torch.utils.data import DataLoader, DistributedSampler\n"
+    made = "sampler = DistributedSampler(data)  #! RW501\ntrain_loader = DataLoader(data, sampler=sampler)\n"
+    expect("RW501", f"{head}{made}{loop}\n")
+
+
+def test_a_trainer_that_takes_the_loader_sets_the_epoch(expect: Expect) -> None:
+    head = "from torch.utils.data import DataLoader, DistributedSampler\n"
+    made = "data = DataLoader(x, sampler=DistributedSampler(x))\n"
+    expect("RW501", f"{head}{made}for epoch in range(2):\n    trainer.fit(model, data)\n")

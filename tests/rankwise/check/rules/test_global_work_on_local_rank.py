@@ -144,3 +144,7 @@ def test_a_variable_that_is_misnamed_is_reported_where_it_is_made(expect: Expect
 def test_a_save_of_any_object_to_a_path_is_found(expect: Expect) -> None:
     expect("RW201", f"{HEAD}if local_rank == 0:  #! RW201\n    state.save(os.path.join(root, 'last.ckpt'))\n")
     expect("RW201", f"{HEAD}if local_rank == 0:\n    meter.save(value)\n")
+
+
+def test_an_upload_is_work_for_one_process(expect: Expect) -> None:
+    expect("RW201", f"{HEAD}if local_rank == 0:  #! RW201\n    api.upload_folder(folder_path='out', repo_id='x')\n")

@@ -58,3 +58,36 @@ def test_an_argument_that_the_launcher_sets_is_a_local_rank(expect: Expect) -> N
         sampler = DistributedSampler(data, num_replicas=args.world_size, rank=args.rank)  #! RW203
         """,
     )
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "n = len(x) // dist.get_world_size()\nmine = x[local_rank * n : local_rank * n + n]  #! RW203",
+        "n = math.ceil(len(x) / dist.get_world_size())\nmine = x[local_rank * n :]  #! RW203",
+        "mine = np.array_split(x, dist.get_world_size())[local_rank]  #! RW203",
+        "mine = x.chunk(dist.get_world_size())[local_rank]  #! RW203",
+        "seed = 42 + local_rank\ntorch.manual_seed(seed)  #! RW203",
+    ],
+)
+def test_a_share_or_a_seed_by_the_local_rank_is_found(expect: Expect, use: str) -> None:
+    head = (
+        "import math, os, numpy as np, torch, torch.distributed as dist\nlocal_rank = int(os.environ['LOCAL_RANK'])\n"
+    )
+    expect("RW203", f"{head}{use}\n")
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "n = len(x) // torch.cuda.device_count()\nmine = x[local_rank * n :]",
+        "mine = x.chunk(4)[local_rank]",
+        "n = len(x) // dist.get_world_size()\nmine = x[dist.get_rank() * n :]",
+        "seed = 42 + local_rank\nseed = 42\ntorch.manual_seed(seed)",
+    ],
+)
+def test_a_share_of_the_node_or_of_the_global_rank_is_right(expect: Expect, use: str) -> None:
+    head = (
+        "import math, os, numpy as np, torch, torch.distributed as dist\nlocal_rank = int(os.environ['LOCAL_RANK'])\n"
+    )
+    expect("RW203", f"{head}{use}\n")

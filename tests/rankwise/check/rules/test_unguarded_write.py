@@ -204,3 +204,61 @@ def test_who_calls_what_lets_the_main_process_first_runs_on_every_rank(expect: E
             open("args.json", "w").write(str(args))  #! RW301
         """,
     )
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        "buffer = io.BytesIO()\ntorch.save(state, buffer)",
+        "raw = io.BytesIO()\ntorch.save(state, raw)",
+        "open('x.lock', 'w')",
+        "model.save_pretrained('out', is_main_process=accelerator.is_main_process)",
+        "torch.save(state, f'tp{mpu.get_tensor_model_parallel_rank()}.pt')",
+        "torch.save(state, f'{dp_rank_of(x).dp_rank}.pt')",
+        "if mpu.get_data_parallel_rank() == 0:\n    torch.save(state, 'x.pt')",
+        "match rank:\n    case 0:\n        torch.save(state, 'x.pt')",
+        "for path in shard_of(paths):\n    open(path + '.txt', 'w')",
+        "for path in paths_of_this_process(paths):\n    open(path + '.txt', 'w')",
+    ],
+)
+def test_what_is_no_file_or_may_be_each_ranks_own_is_right(expect: Expect, write: str) -> None:
+    expect("RW301", f"import io\n{HEAD}{write}\n")
+
+
+@pytest.mark.parametrize("paths", ["sorted(paths)", "enumerate(paths)", "paths"])
+def test_a_write_for_each_of_a_list_that_all_have_is_found(expect: Expect, paths: str) -> None:
+    expect("RW301", f"{HEAD}for path in {paths}:\n    open(path, 'w')  #! RW301\n")
+
+
+def test_a_flag_that_an_object_was_made_with_is_a_guard(expect: Expect) -> None:
+    expect(
+        "RW301",
+        """
+        import torch, torch.distributed as dist
+        class Saver:
+            def __init__(self, enabled):
+                self.enabled = enabled
+            def save(self, state):
+                if self.enabled:
+                    torch.save(state, "x.pt")
+        def main():
+            dist.init_process_group()
+            Saver(dist.get_rank() == 0).save(1)
+        """,
+    )
+
+
+def test_who_makes_an_object_that_wraps_the_model_runs_on_every_rank(expect: Expect) -> None:
+    expect(
+        "RW301",
+        """
+        import torch
+        from torch.nn.parallel import DistributedDataParallel as DDP
+        class Trainer:
+            def __init__(self, model):
+                self.model = DDP(model)
+            def save(self):
+                torch.save(self.model.state_dict(), "x.pt")  #! RW301
+        Trainer(net).save()
+        """,
+    )
