@@ -14,6 +14,7 @@ from rankwise.check.program import Program
 from rankwise.check.source import Class, Function
 from rankwise.check.trace import Call, Item, Trace
 from rankwise.check.values import (
+    OTHER_RANK,
     RANKS,
     UNKNOWN,
     VARYING,
@@ -215,7 +216,7 @@ class Caller(Evaluator):
         ):
             return Value(test=Test((), (Atom("single", "main"),)))
         varies |= receiver is not None and receiver.varies and not isinstance(receiver.data, Ref)
-        return _varying(varies or facts.is_other_rank(last))
+        return OTHER_RANK if facts.is_other_rank(last) else _varying(varies)
 
     def _same(self, made: Call, name: str) -> Value:
         if name == "getattr":
@@ -265,6 +266,8 @@ class Caller(Evaluator):
         if isinstance(value.data, Many):
             items = tuple(self._ranked(item, made, step) for item in value.data.items)
             return replace(value, data=Many(items))
+        if value.kind == "rank" and constant(made.argument(0)) == "local":
+            value = of("local_rank")
         if value.kind == "rank" and self.program.is_one_node(self.module):
             value = of("spawn_rank")
         self.trace.reads_rank |= value.kind in RANKS or value.test is not None

@@ -153,3 +153,24 @@ def _without_contradiction(guard: Guard) -> Guard:
     """Without the doubt where the same is also sure."""
     certain = {replace(atom, sure=True) for atom in guard if atom.sure}
     return tuple(atom for atom in guard if atom.sure or replace(atom, sure=True) not in certain)
+
+
+def asks_for_wrapper(test: ast.expr) -> str | None:
+    """The variable of `hasattr(model, "module")` or `isinstance(model, DDP)`: where that is false it has no wrapper."""
+    match test:
+        case ast.Call(func=ast.Name(id="hasattr"), args=[ast.Name(id=name), ast.Constant(value="module")]):
+            return name
+        case ast.Call(func=ast.Name(id="isinstance"), args=[ast.Name(id=name), kind]):
+            return name if re.search(r"\bDDP\b|DistributedDataParallel", ast.unparse(kind)) else None
+    return None
+
+
+def gained_in(before: Guard, after: Guard, rest_is_lone: bool) -> Guard:
+    """What a branch that is left at its end has found out; sure where only a lone process took the other."""
+    new = tuple(atom for atom in after if atom not in before)
+    return new if rest_is_lone else unsure(new)
+
+
+def is_lone(guard: Guard) -> bool:
+    """Whether what it guards is reached by a lone process alone."""
+    return any(atom.scope == "single" and atom.which == "main" for atom in guard)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 
 from rankwise.check.source import Function
-from rankwise.check.trace import Call
+from rankwise.check.trace import Call, Trace
 from rankwise.check.values import constant, is_const
 
 Flags = frozenset[tuple[str, bool | None]]
@@ -34,6 +34,18 @@ def flags_of(call: Call, callee: Function) -> Flags:
         if known is None or isinstance(known, bool):
             found.add((name, known))
     return frozenset(found)
+
+
+def true_names(trace: Trace) -> Flags:
+    """The functions of the file that stand in tests as if they were flags: always true."""
+    function = trace.function
+    if function is None:
+        return frozenset()
+    own = {store.target.id for store in trace.stores if isinstance(store.target, ast.Name)} | set(function.parameters)
+    tests = [test for node in ast.walk(function.node) if isinstance(test := getattr(node, "test", None), ast.BoolOp)]
+    names = {one.id for test in tests for one in ast.walk(test) if isinstance(one, ast.Name)}
+    known = trace.module.names
+    return frozenset((name, True) for name in names - own if isinstance(known.get(name), Function))
 
 
 def decided(test: ast.expr | None, flags: Flags) -> bool | None:

@@ -10,6 +10,7 @@ from rankwise.check.program import Program
 from rankwise.check.source import Class, Function, Module
 from rankwise.check.trace import Trace
 from rankwise.check.values import (
+    OTHER_RANK,
     UNKNOWN,
     VARYING,
     Atom,
@@ -155,7 +156,7 @@ class Names:
             return of(kind, self.module.step(self.module.text(node), node))
         if facts.says_distributed(name):
             return Value(test=Test((), (Atom("single", "main"),)))
-        return facts.named_test(name) or (VARYING if facts.is_other_rank(name) else UNKNOWN)
+        return facts.named_test(name) or (OTHER_RANK if facts.is_other_rank(name) else UNKNOWN)
 
 
 def _last(node: ast.expr) -> str:

@@ -77,7 +77,7 @@ def _is_hook(program: Program, function: Function) -> bool:
 
 
 def _starts(call: Call) -> bool:
-    if constant(call.argument(-1, "world_size")) == 1:
+    if constant(call.argument(-1, "world_size", "devices")) == 1:
         return False
     thing = libraries.made(call.name, call.function, 0) if call.callee is None else None
     joined = thing is not None and thing.tag in ("accelerator", "fabric", "ddp")
@@ -101,7 +101,7 @@ def _has_evidence(trace: Trace) -> bool:
 
 
 def _joins(call: Call) -> bool:
-    if constant(call.argument(-1, "world_size")) == 1:
+    if constant(call.argument(-1, "world_size", "devices")) == 1:
         return False
     if call.callee is None and libraries.collective(call.name, call.receiver):
         return True

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 
 from rankwise.check import libraries
-from rankwise.check.flags import Flags, decided, flags_of
+from rankwise.check.flags import Flags, decided, flags_of, true_names
 from rankwise.check.program import Program
 from rankwise.check.source import Class, Function
 from rankwise.check.trace import Branch, Call, Item, Leave, Loop, Trace
@@ -113,7 +113,7 @@ class Sequences:
             trace = self.program.trace_of.get(function)
             comes = trace is not None and (assumption is None or assumption.allows(trace.guard))
             if trace is not None and comes and depth < _MAX_DEPTH:
-                way = self.way(trace.items, assumption, depth + 1, flags)
+                way = self.way(trace.items, assumption, depth + 1, flags | true_names(trace))
                 self._known[key] = tuple(name for reached in way.reached for name in reached.names)
         return self._known[key]
 

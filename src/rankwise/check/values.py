@@ -146,6 +146,10 @@ class Thing:
     """The line that made it."""
 
 
+OTHER_RANK = Value(varies=True, data=Thing("part rank"))
+"""A rank among some of the processes, such as those that share a model."""
+
+
 def of(kind: Kind, step: Step | None = None, data: object = None) -> Value:
     return Value(kind, kind in _PER_RANK, None, data, (step,) if step else ())
 

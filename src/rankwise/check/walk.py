@@ -10,7 +10,7 @@ from typing import Literal
 from rankwise.check import facts
 from rankwise.check.arithmetic import merge
 from rankwise.check.calls import Caller
-from rankwise.check.conditions import truth
+from rankwise.check.conditions import asks_for_wrapper, gained_in, is_lone, truth
 from rankwise.check.finding import Step
 from rankwise.check.objects import Instance
 from rankwise.check.program import Program
@@ -130,15 +130,19 @@ class Walker(Caller):
         before, variables, items = self.guard, self.variables, self.items
         then_items: list[Item] = []
         other_items: list[Item] = []
-        wrapped = _asks_for_wrapper(node.test)
+        wrapped = asks_for_wrapper(node.test)
         self.guard, self.variables, self.items = both(before, test.when_true), dict(variables), then_items
+        entered = self.guard
         then_ended = self.run(node.body)
         then_variables = self.variables
+        gained = gained_in(entered, self.guard, is_lone(test.when_false))
         self.guard, self.variables, self.items = both(before, test.when_false), dict(variables), other_items
         if wrapped is not None:
             self.variables[wrapped] = Value(data=Thing("bare"))
+        entered = self.guard
         other_ended = self.run(node.orelse)
         other_variables = self.variables
+        gained = both(gained, gained_in(entered, self.guard, is_lone(test.when_true)))
         self.guard, self.items = before, items
         if then_items or other_items:
             self.items.append(Branch(node, test, then_items, other_items, self.module.text(node.test)))
@@ -149,6 +153,7 @@ class Walker(Caller):
             self.guard = both(before, test.when_true)
             self.variables = then_variables
         else:
+            self.guard = both(before, gained)
             self.variables = self._merged(then_variables, other_variables, test)
         return then_ended and other_ended
 
@@ -309,16 +314,6 @@ class Walker(Caller):
             else:
                 joined = join(joined, value)
         return joined or UNKNOWN
-
-
-def _asks_for_wrapper(test: ast.expr) -> str | None:
-    """The variable of `hasattr(model, "module")` or `isinstance(model, DDP)`: where that is false it has no wrapper."""
-    match test:
-        case ast.Call(func=ast.Name(id="hasattr"), args=[ast.Name(id=name), ast.Constant(value="module")]):
-            return name
-        case ast.Call(func=ast.Name(id="isinstance"), args=[ast.Name(id=name), kind]):
-            return name if re.search(r"\bDDP\b|DistributedDataParallel", ast.unparse(kind)) else None
-    return None
 
 
 def _opposite(test: Test) -> tuple[Atom, ...]:

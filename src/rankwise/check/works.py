@@ -94,7 +94,7 @@ _SAVES = re.compile(
 def written_path(call: Call) -> ast.expr | None:
     """The expression of the path that a call writes; None where it writes none."""
     name, last = call.name, call.last
-    if (call.callee is not None and not call.uncertain) or "is_main_process" in call.keywords:
+    if (call.callee is not None and not call.uncertain) or _knows_main(call):
         return None
     if name in ("open", "io.open", "codecs.open", "gzip.open"):
         mode = constant(call.argument(1, "mode"))
@@ -117,6 +117,12 @@ def written_path(call: Call) -> ast.expr | None:
         if last in _FIRST_OF_METHOD and not _SAME_EVERYWHERE.search(call.module.text(call.node.func.value)):
             return call.argument_node(0, "save_directory", "path_or_buf", "fname", "path")
     return None
+
+
+def _knows_main(call: Call) -> bool:
+    """Whether it is told if this is the main process."""
+    told = (one.id for one in call.node.args if isinstance(one, ast.Name))
+    return "is_main_process" in call.keywords or "is_main_process" in told
 
 
 def starts_tracker(call: Call) -> bool:
@@ -157,13 +163,15 @@ def _work(program: Program, call: Call, known: dict[Function, str | None], depth
         work = known[call.callee]
         return f"{shown}(): {work}" if work else None
     path = written_path(call)
+    if path is not None and call.name.startswith("shutil."):
+        return None  # as a rule a copy for this node
     if path is not None:
         return (
             None if _ON_THIS_NODE.search(call.module.text(path)) else f"{shown}() writes {call.module.text(path, 40)}"
         )
     if starts_tracker(call) or call.name in _TRACKED or (call.last in _UPLOADS and call.callee is None):
         return f"{shown}()"
-    if makes_folder(call):
+    if makes_folder(call) and not _is_looked_for(call):
         return f"{shown}() makes a folder"
     thing = call.receiver.data if call.receiver is not None else None
     if isinstance(call.callee, Class) or isinstance(thing, Thing):
@@ -173,6 +181,12 @@ def _work(program: Program, call: Call, known: dict[Function, str | None], depth
     if _SAVES.fullmatch(call.last) and not call.name.startswith(("torch.", "tokenizer")):
         return f"{shown}()"
     return None
+
+
+def _is_looked_for(call: Call) -> bool:
+    """Whether the lines above ask if it is there."""
+    lines = call.module.lines[max(call.node.lineno - 4, 0) : call.node.lineno]
+    return any(re.search(r"exists\(|isdir\(|is_dir\(", line) for line in lines)
 
 
 def calls_with(program: Program) -> Iterator[tuple[Trace, Call]]:

@@ -131,3 +131,8 @@ def test_functions_that_call_each_other_end() -> None:
 def test_a_trail_says_nothing_twice() -> None:
     found = value_of("rank = dist.get_rank()\nfound = rank")
     assert [step.text for step in found.trail] == ["found <- rank", "rank <- dist.get_rank()"]
+
+
+def test_a_helper_is_told_which_rank_to_give() -> None:
+    assert value_of("import sync\nfound = sync.get_rank('local')").kind == "local_rank"
+    assert value_of("import sync\nfound = sync.get_rank('global')").kind == "rank"

@@ -51,11 +51,21 @@ def check(program: Program) -> Iterator[Finding]:
             or not runs_on_many(program, trace)
         ):
             continue
+        if _is_callers(program, call, path):
+            continue
         if _varies(call, path) or whole_guard(program, call) or _guarded_caller(program, call):
             continue
         shown = trace.module.text(path, 50)
         message = f"every rank writes {shown}. Let the main process write it, or put the rank in the name"
         yield trace.module.finding("RW301", call.node, "error", message)
+
+
+def _is_callers(program: Program, call: Call, path: ast.expr) -> bool:
+    """Whether the path comes in from callers that were not given."""
+    function = call.caller
+    if function is None or not isinstance(path, ast.Name) or function in program.callers:
+        return False
+    return path.id in function.parameters and function not in program.started
 
 
 def _varies(call: Call, path: ast.expr) -> bool:

@@ -209,3 +209,23 @@ def test_a_context_manager_may_hold_back_on_entry_and_let_go_on_exit(expect: Exp
                     dist.barrier()
         """,
     )
+
+
+def test_a_function_in_a_test_is_true(expect: Expect) -> None:
+    expect(
+        "RW401",
+        """
+        import os, torch.distributed as dist
+        local_rank = int(os.environ["LOCAL_RANK"])
+        def load(path):
+            if local_rank not in (-1, 0) and not evaluate:
+                dist.barrier()
+            prepare(path)
+            if local_rank == 0 and not evaluate:
+                dist.barrier()
+        def evaluate():
+            load("test")
+        if local_rank == 0:
+            evaluate()
+        """,
+    )

@@ -148,3 +148,14 @@ def test_a_save_of_any_object_to_a_path_is_found(expect: Expect) -> None:
 
 def test_an_upload_is_work_for_one_process(expect: Expect) -> None:
     expect("RW201", f"{HEAD}if local_rank == 0:  #! RW201\n    api.upload_folder(folder_path='out', repo_id='x')\n")
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        "shutil.copytree(shared, '/local/data')",
+        "if not os.path.exists(folder):\n        os.makedirs(folder)",
+    ],
+)
+def test_work_that_every_node_may_need_is_right(expect: Expect, work: str) -> None:
+    expect("RW201", f"import shutil\n{HEAD}if local_rank == 0:\n    {work}\n")

@@ -91,3 +91,8 @@ def test_a_share_of_the_node_or_of_the_global_rank_is_right(expect: Expect, use:
         "import math, os, numpy as np, torch, torch.distributed as dist\nlocal_rank = int(os.environ['LOCAL_RANK'])\n"
     )
     expect("RW203", f"{head}{use}\n")
+
+
+def test_a_rank_among_the_processes_of_one_model_is_no_local_rank(expect: Expect) -> None:
+    text = "local_rank = get_sp_parallel_rank()\nworld_size = get_sp_world_size()\nn = heads // world_size\n"
+    expect("RW203", f"import torch.distributed as dist\n{text}x = y[local_rank * n :]\n")

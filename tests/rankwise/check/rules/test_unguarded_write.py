@@ -262,3 +262,30 @@ def test_who_makes_an_object_that_wraps_the_model_runs_on_every_rank(expect: Exp
         Trainer(net).save()
         """,
     )
+
+
+@pytest.mark.parametrize("test", ["dist.get_world_size() > 1", "dist.is_initialized()", "config.gather"])
+def test_an_early_return_inside_a_branch_leaves_its_mark(expect: Expect, test: str) -> None:
+    body = (
+        f"    if {test}:\n        dist.gather(x)\n        if rank != 0:\n            return\n    open('x.csv', 'w')\n"
+    )
+    expect("RW301", f"{HEAD}def main():\n{body}main()\n")
+
+
+def test_a_lone_fabric_writes_what_it_likes(expect: Expect) -> None:
+    head = "import torch, lightning as L\n"
+    expect("RW301", f"{head}fabric = L.Fabric(devices=1)\ntorch.save(state, 'x.pt')\n")
+    expect("RW301", f"{head}fabric = L.Fabric(devices=2)\ntorch.save(state, 'x.pt')  #! RW301\n")
+
+
+def test_an_override_that_is_told_which_process_is_the_main_one_is_right(expect: Expect) -> None:
+    expect(
+        "RW301",
+        f"{HEAD}def save(folder, is_main_process):\n    model.save_pretrained(folder, is_main_process)\nsave(1, 2)\n",
+    )
+
+
+def test_a_path_from_a_caller_that_is_not_given_is_not_judged(expect: Expect) -> None:
+    text = f"{HEAD}def test(path):\n    if rank == 0:\n        print(path)\n    open(path, 'w')"
+    expect("RW301", f"{text}\n")
+    expect("RW301", f"{text}  #! RW301\ntest('x.txt')\n")
