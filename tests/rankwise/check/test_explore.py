@@ -136,3 +136,21 @@ def test_a_trail_says_nothing_twice() -> None:
 def test_a_helper_is_told_which_rank_to_give() -> None:
     assert value_of("import sync\nfound = sync.get_rank('local')").kind == "local_rank"
     assert value_of("import sync\nfound = sync.get_rank('global')").kind == "rank"
+
+
+def test_a_test_that_calls_a_guarded_function_takes_no_guard_away() -> None:
+    source = """
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+def make(folder):
+    return SummaryWriter(folder)
+def main():
+    dist.init_process_group()
+    if dist.get_rank() == 0:
+        make("runs")
+main()
+"""
+    test = "from train import make\ndef test_make(tmp_path):\n    assert make(tmp_path)\n"
+    assert not analyze({"train.py": source, "test_train.py": test}, {"RW302"}).findings
+    unguarded = source.replace("if dist.get_rank() == 0:", "if True:")
+    assert analyze({"train.py": unguarded, "test_train.py": test}, {"RW302"}).findings
