@@ -39,6 +39,7 @@ class Program:
         self._by_module: dict[Module, list[Trace]] | None = None
         self._imported: dict[Module, list[Module]] = {}
         self._resolved: dict[tuple[str, str], Module | None] = {}
+        self._parted: dict[tuple[str, str], tuple[Module | None, list[str]]] = {}
         for path in sources:
             parts = _parts_of(path)
             if parts:
@@ -89,12 +90,21 @@ class Program:
 
     def lookup(self, dotted: str, importer: Module) -> Module | Function | Class | Value | None:
         """What stands under a dotted name in the given files; None where it is outside of them."""
-        parts = dotted.split(".")[:_MAX_PARTS]
-        for cut in range(len(parts), 0, -1):
-            module = self.module_named(".".join(parts[:cut]), importer)
-            if module is not None:
-                return self._member(module, parts[cut:], 0)
-        return None
+        module, rest = self._split(dotted, importer)
+        return self._member(module, rest, 0) if module is not None else None
+
+    def _split(self, dotted: str, importer: Module) -> tuple[Module | None, list[str]]:
+        """The longest part of a dotted name that is a given file, and the rest."""
+        key = (dotted, importer.path)
+        if key not in self._parted:
+            parts = dotted.split(".")[:_MAX_PARTS]
+            self._parted[key] = (None, [])
+            for cut in range(len(parts), 0, -1):
+                module = self.module_named(".".join(parts[:cut]), importer)
+                if module is not None:
+                    self._parted[key] = (module, parts[cut:])
+                    break
+        return self._parted[key]
 
     def _member(self, module: Module, rest: list[str], depth: int) -> Module | Function | Class | Value | None:
         if not rest:
