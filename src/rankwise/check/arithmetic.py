@@ -9,11 +9,11 @@ from rankwise.check.finding import Step
 from rankwise.check.values import RANKS, UNKNOWN, VARYING, Const, Ref, Test, Value, constant, join, of
 
 
-def arithmetic(operator: ast.operator, left: Value, right: Value, right_text: str) -> Value | None:
+def arithmetic(operator: ast.operator, left: Value, right: Value, right_node: ast.expr) -> Value | None:
     """The kind of a sum, product, quotient or remainder of ranks and sizes; None where it has none."""
     if isinstance(operator, ast.Mod) and left.kind in RANKS:
         if right.kind == "local_world_size" or any(
-            word in right_text for word in ("gpu", "device", "local", "per_node")
+            word in ast.unparse(right_node) for word in ("gpu", "device", "local", "per_node")
         ):
             return of("local_rank") if left.kind != "spawn_rank" else left
         return VARYING
@@ -30,13 +30,18 @@ def arithmetic(operator: ast.operator, left: Value, right: Value, right_text: st
             return Value("", True, None, _PRODUCT)
         if kinds & {"num_nodes", "local_world_size"} and not kinds & RANKS and kinds != {"local_world_size"}:
             return of("world_size") if kinds == {"num_nodes", "local_world_size"} else UNKNOWN
-        return Value("", False, None, _PRODUCT)
+        return Value("", False, None, _PRODUCT) if "world_size" not in kinds else UNKNOWN
     return None
 
 
 _PRODUCT = Ref("<product>")
 SHARE = Ref("<share>")
 """A number of things divided by the world size."""
+
+
+def is_product(value: Value) -> bool:
+    """Whether a local rank and this may be a global rank: the ranks of the nodes before."""
+    return value.data is _PRODUCT
 
 
 def merge(first: Value, second: Value, test: Test) -> Value:

@@ -57,8 +57,12 @@ class Caller(Evaluator):
         """How many calls deep this is evaluated only for its result."""
 
     def call(self, node: ast.Call) -> Value:
-        function = self.evaluate(node.func)
-        receiver = self.evaluate(node.func.value) if isinstance(node.func, ast.Attribute) else None
+        receiver: Value | None = None
+        if isinstance(node.func, ast.Attribute):
+            receiver = self.evaluate(node.func.value)
+            function = self.attribute_of(node.func, receiver)
+        else:
+            function = self.evaluate(node.func)
         name = (
             function.data.name if isinstance(function.data, Ref) else self.path_of(node.func) or _last_name(node.func)
         )
@@ -182,12 +186,13 @@ class Caller(Evaluator):
     def _outside(self, made: Call, varies: bool) -> Value:
         """What a function outside of the given files returns."""
         name, last, receiver = made.name, made.last, made.receiver
-        step = self.module.step(self.module.text(made.node), made.node)
         if name in _SAME or (name in ("max", "min", "abs", "getattr") and made.arguments):
             return self._same(made, name)
         known = self._of_environment(made)
         if known is not None:
             return known
+        if len(made.arguments) > 1 and facts.makes_shared_folder(last):
+            varies = any(value.varies and not value.kind for value in made.arguments)
         inner = made.argument(-1, "sampler") if last == "DataLoader" else made.argument(0, "module", "model")
         plain = Value(data=Thing(inner.data.tag)) if isinstance(inner.data, Thing) else UNKNOWN
         thing = libraries.made(name, plain, made.node.lineno)
@@ -204,12 +209,14 @@ class Caller(Evaluator):
         if receiver is not None:
             if last == "format" and isinstance(constant(receiver), str):
                 text = str(constant(receiver))
-                return _device(made.argument(0), varies) if text.startswith("cuda:{") else _varying(varies)
+                if not text.startswith("cuda:{"):
+                    return _varying(varies)
+                return _device(made.argument(0), varies, (self.module.path, made.node))
             if last in _SAME_OBJECT and not isinstance(receiver.data, Ref) and not receiver.test:
                 return receiver
         value = facts.called(name) if not isinstance(receiver.data if receiver else None, Thing) else _of_thing(made)
         if value is not None:
-            return self._ranked(value, made, step)
+            return self._ranked(value, made)
         if facts.says_distributed(last) or name in (
             "torch.distributed.is_initialized",
             "torch.distributed.is_available",
@@ -251,7 +258,7 @@ class Caller(Evaluator):
             return made.receiver.data.get(constant(made.argument(0)))
         return None
 
-    def _ranked(self, value: Value, made: Call, step: Step) -> Value:
+    def _ranked(self, value: Value, made: Call) -> Value:
         if any(name in made.keywords for name in ("group", "process_group")) or (
             made.last == "get_rank" and made.arguments and not is_const(made.arguments[0])
         ):
@@ -264,7 +271,7 @@ class Caller(Evaluator):
                 self.trace.reads_rank = True
                 return VARYING  # of a mesh or a group too
         if isinstance(value.data, Many):
-            items = tuple(self._ranked(item, made, step) for item in value.data.items)
+            items = tuple(self._ranked(item, made) for item in value.data.items)
             return replace(value, data=Many(items))
         if value.kind == "rank" and constant(made.argument(0)) == "local":
             value = of("local_rank")
@@ -288,8 +295,8 @@ def _shape(value: Value) -> str:
     return f"{value.kind} {value.varies} {value.test is not None and str(value.test)} {known!r:.60}"
 
 
-def _device(index: Value, varies: bool) -> Value:
-    return holding(DeviceName(index), (index,), varies)
+def _device(index: Value, varies: bool, place: tuple[str, ast.expr] | None = None) -> Value:
+    return holding(DeviceName(index, place), (index,), varies)
 
 
 def _varying(varies: bool) -> Value:

@@ -30,7 +30,7 @@ _SINGLE = Test((Atom("single", "main"),), ())
 _SCOPES = {"local_rank": "local_rank", "node_rank": "node_rank"}
 
 
-def truth(value: Value, text: str) -> Test:
+def truth(value: Value) -> Test:
     """The value where a condition stands."""
     if value.test is not None:
         return value.test
@@ -65,13 +65,15 @@ def compare(left: Value, operator: ast.cmpop, right: Value, text: str) -> Test |
     return _number(left, operator, number, text)
 
 
-def by_name(text: str, left: Value, operator: ast.cmpop, right: Value) -> Test | None:
+def by_name(node: ast.expr, left: Value, operator: ast.cmpop, right: Value) -> Test | None:
     """A number that is called a rank compared with 0: enough to be silent, too little to report."""
-    last = text.rpartition(".")[2].lower()
     number = constant(right)
     if left.varies or right.varies:
         return _DOUBT
-    if isinstance(number, bool) or number != 0 or not _RANK_NAME.search(last):
+    if isinstance(number, bool) or number != 0:
+        return None
+    text = ast.unparse(node)
+    if not _RANK_NAME.search(text.rpartition(".")[2].lower()):
         return None
     test = _number(Value("rank"), operator, 0, text) or _NOTHING
     return Test(unsure(test.when_true), unsure(test.when_false))
@@ -153,6 +155,31 @@ def _without_contradiction(guard: Guard) -> Guard:
     """Without the doubt where the same is also sure."""
     certain = {replace(atom, sure=True) for atom in guard if atom.sure}
     return tuple(atom for atom in guard if atom.sure or replace(atom, sure=True) not in certain)
+
+
+def flag(test: ast.expr) -> tuple[str, bool]:
+    """`not args.evolve` as its text, "args.evolve", and which value of it passes; "" where it is no flag."""
+    passes = True
+    while isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        test, passes = test.operand, not passes
+    return (ast.unparse(test), passes) if isinstance(test, ast.Name | ast.Attribute) else ("", passes)
+
+
+def refused(body: Sequence[ast.stmt]) -> dict[str, bool]:
+    """The flags that a block asserts away, and the value of each that it does not take."""
+    flags = (flag(one.test) for one in body if isinstance(one, ast.Assert))
+    return {text: not passes for text, passes in flags if text}
+
+
+def with_lone(node: ast.expr, test: Test, lone: dict[str, bool]) -> Test:
+    """The test, where a flag in it was refused for many processes: who has it runs alone."""
+    text, passes = flag(node)
+    if text not in lone:
+        return test
+    single = _SINGLE.when_true
+    if lone[text] == passes:
+        return Test(both(test.when_true, single), test.when_false)
+    return Test(test.when_true, both(test.when_false, single))
 
 
 def asks_for_wrapper(test: ast.expr) -> str | None:

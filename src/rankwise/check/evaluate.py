@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from rankwise.check import facts
-from rankwise.check.arithmetic import SHARE, arithmetic, merge
+from rankwise.check.arithmetic import SHARE, arithmetic, is_product, merge
 from rankwise.check.conditions import by_name, combine, compare, truth
 from rankwise.check.names import Names
 from rankwise.check.values import (
@@ -89,17 +89,20 @@ class Evaluator(Names):
         varies = left.varies or right.varies
         if isinstance(node.op, ast.Add) and "local_rank" in (left.kind, right.kind):
             self.trace.sums[node] = left if left.kind == "local_rank" else right
+        for part, rest in ((node.left, right), (node.right, left)) if isinstance(node.op, ast.Add) else ():
+            if part in self.trace.sums and not is_product(rest):
+                self.trace.sums[node] = self.trace.sums[part]
         for one, other in ((left, right), (right, left)):
             if isinstance(node.op, ast.Mult) and one.kind == "local_rank" and other.data is SHARE:
                 self.trace.shares.append((node, one, "which items are this process's"))
-        result = arithmetic(node.op, left, right, self.module.text(node.right, 200))
+        result = arithmetic(node.op, left, right, node.right)
         if result is not None:
             return result.via(self.module.text(node), self.module.path, node.lineno)
         if isinstance(node.op, ast.Add) and _starts_device(left):
-            return holding(DeviceName(right), (right,), varies)
+            return holding(DeviceName(right, (self.module.path, node)), (right,), varies)
         if isinstance(node.op, ast.Mod) and isinstance(constant(left), str) and _starts_device(left):
             inner = right.data.items[-1] if isinstance(right.data, Many) and right.data.items else right
-            return holding(DeviceName(inner), (inner,), varies)
+            return holding(DeviceName(inner, (self.module.path, node)), (inner,), varies)
         if isinstance(node.op, ast.Div) and isinstance(left.data, Thing) and left.data.tag == "path":
             return Value("", varies, None, left.data)
         return VARYING if varies else UNKNOWN
@@ -107,7 +110,7 @@ class Evaluator(Names):
     def _unary(self, node: ast.UnaryOp) -> Value:
         inner = self.evaluate(node.operand)
         if isinstance(node.op, ast.Not):
-            return Value("", inner.varies, ~truth(inner, self.module.text(node.operand)), None, inner.trail)
+            return Value("", inner.varies, ~truth(inner), None, inner.trail)
         number = constant(inner)
         if isinstance(node.op, ast.USub) and isinstance(number, int):
             return const(-number)
@@ -119,7 +122,7 @@ class Evaluator(Names):
         values: list[Value] = []
         for part in node.values:
             value = self.evaluate(part)
-            test = truth(value, self.module.text(part))
+            test = truth(value)
             values.append(value)
             tests.append(test)
             self.guard = (*self.guard, *(test.when_true if isinstance(node.op, ast.And) else test.when_false))
@@ -139,8 +142,9 @@ class Evaluator(Names):
         trail = left.trail or next((right.trail for right in rights if right.trail), ())
         self._share(node.left, left, node.comparators[0], rights[0])
         if len(rights) == 1:
-            test = compare(left, node.ops[0], rights[0], self.module.text(node))
-            test = test or by_name(self.module.text(node.left), left, node.ops[0], rights[0])
+            known = left.kind or rights[0].kind or left.test
+            test = compare(left, node.ops[0], rights[0], self.module.text(node) if known else "")
+            test = test or by_name(node.left, left, node.ops[0], rights[0])
             if test is not None:
                 return Value("", varies, test, None, trail)
         return VARYING if varies else UNKNOWN
@@ -162,7 +166,7 @@ class Evaluator(Names):
             self.trace.shares.append((start, value, "which items are this process's"))
 
     def _conditional(self, node: ast.IfExp) -> Value:
-        test = truth(self.evaluate(node.test), self.module.text(node.test))
+        test = truth(self.evaluate(node.test))
         before = self.guard
         self.guard = (*before, *test.when_true)
         first = self.evaluate(node.body)
@@ -177,12 +181,15 @@ class Evaluator(Names):
         parts = [value for value in values if constant(value) != ""]
         named = len(parts) >= 2 and str(constant(parts[-2], "")).endswith(":") and not is_const(parts[-1])
         if named and (len(parts) > 2 or _starts_device(parts[0])):
-            return holding(DeviceName(parts[-1]), parts[-1:], varies)
+            return holding(DeviceName(parts[-1], (self.module.path, node)), parts[-1:], varies)
         return VARYING if varies else UNKNOWN
 
-    def _many(self, node: ast.Tuple | ast.List) -> Value:
-        items = tuple(self.evaluate(one) for one in node.elts)
-        return holding(Many(items), items, any(item.varies for item in items))
+    def _many(self, node: ast.Tuple | ast.List | ast.Set) -> Value:
+        items: list[Value] = []
+        for one in node.elts:
+            value = self.evaluate(one)
+            items += value.data.items if isinstance(one, ast.Starred) and isinstance(value.data, Many) else [value]
+        return holding(Many(tuple(items)), items, any(item.varies for item in items))
 
     def _dict(self, node: ast.Dict) -> Value:
         items: list[tuple[object, Value]] = []
@@ -237,6 +244,7 @@ _METHODS: dict[type[ast.expr], Callable[..., Value]] = {
     ast.FormattedValue: lambda self, node: self.evaluate(node.value),
     ast.Tuple: Evaluator._many,
     ast.List: Evaluator._many,
+    ast.Set: Evaluator._many,
     ast.Dict: Evaluator._dict,
     ast.NamedExpr: Evaluator._walrus,
     ast.Starred: lambda self, node: self.evaluate(node.value),

@@ -160,6 +160,14 @@ _VARYING = frozenset(
     ]
 )
 
+_VARYING_ANYWHERE = frozenset(
+    {"uuid1", "uuid4", "getpid", "gethostname", "mkdtemp", "mkstemp", "token_hex", "NamedTemporaryFile"}
+)
+_SHARED_FOLDER = re.compile(
+    r"_?(?:create|make|set_?up|prepare|init|initialize)_(?:\w+_)?(?:exp|experiment|output|log|run|work|save|checkpoint)s?_?"
+    r"(?:folder|dir|directory|directories|path|paths|space|logger)?s?"
+)
+
 
 def named_test(name: str) -> Value | None:
     """What a helper or attribute says by its name alone: true on the main process; None where it says nothing."""
@@ -197,7 +205,12 @@ def is_exit(name: str) -> bool:
 
 def is_varying(name: str) -> bool:
     """Whether a call gives something else on every rank, or may."""
-    return name in _VARYING
+    return name in _VARYING or name.rpartition(".")[2] in _VARYING_ANYWHERE
+
+
+def makes_shared_folder(name: str) -> bool:
+    """Whether a function of this name takes a rank to know who makes the folder, and tells all of it."""
+    return _SHARED_FOLDER.fullmatch(name) is not None
 
 
 def called(name: str) -> Value | None:

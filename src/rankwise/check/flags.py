@@ -38,6 +38,12 @@ def flags_of(call: Call, callee: Function) -> Flags:
 
 def true_names(trace: Trace) -> Flags:
     """The functions of the file that stand in tests as if they were flags: always true."""
+    if trace.true_names is None:
+        trace.true_names = _true_names(trace)
+    return trace.true_names
+
+
+def _true_names(trace: Trace) -> Flags:
     function = trace.function
     if function is None:
         return frozenset()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 from rankwise.check.facts import named_test
-from rankwise.check.values import Kind, Thing, Value, of
+from rankwise.check.trace import Call
+from rankwise.check.values import Kind, Thing, Value, constant, of
 
 ACCELERATOR = frozenset({"Accelerator", "PartialState", "AcceleratorState"})
 TRAINERS = frozenset({"Trainer", "Seq2SeqTrainer", "SFTTrainer"})
@@ -174,6 +175,12 @@ def collective(name: str, receiver: Value | None) -> str | None:
     if last == "synchronize" and re.search(r"dist|comm", base):
         return last
     return last.lower() if last.lower() in _BY_NAME_ALONE else None
+
+
+def collective_of(call: Call) -> str | None:
+    """The same for a call; None also where its arguments say that no other rank takes part."""
+    alone = constant(call.argument(-1, "no_dist")) is True
+    return None if alone else collective(call.name, call.receiver)
 
 
 STARTS = re.compile(

@@ -97,7 +97,14 @@ class Names:
         path = self.path_of(node)
         if path is not None and path in self.variables:
             return self.variables[path]
-        base = self.evaluate(node.value)
+        return self._of_base(node, self.evaluate(node.value))
+
+    def attribute_of(self, node: ast.Attribute, base: Value) -> Value:
+        """The same where what it is an attribute of is evaluated already."""
+        path = self.path_of(node)
+        return self.variables[path] if path is not None and path in self.variables else self._of_base(node, base)
+
+    def _of_base(self, node: ast.Attribute, base: Value) -> Value:
         data = base.data
         if isinstance(data, Ref):
             return self._of_ref(f"{data.name}.{node.attr}", node)

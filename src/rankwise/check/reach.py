@@ -81,9 +81,16 @@ def _starts(call: Call) -> bool:
         return False
     thing = libraries.made(call.name, call.function, 0) if call.callee is None else None
     joined = thing is not None and thing.tag in ("accelerator", "fabric", "ddp")
+    if _is_launched(call):
+        return True
     if call.callee is None and call.last in ("main_process_first", "local_main_process_first"):
         return True
     return joined or (call.callee is None and libraries.STARTS.fullmatch(call.last) is not None)
+
+
+def _is_launched(call: Call) -> bool:
+    """Whether it makes a trainer of transformers, in a file that reckons with a launcher."""
+    return call.name.startswith("transformers.") and call.last in libraries.TRAINERS and call.module.names_local_rank
 
 
 def _in_test(call: Call) -> bool:
@@ -103,9 +110,9 @@ def _has_evidence(trace: Trace) -> bool:
 def _joins(call: Call) -> bool:
     if constant(call.argument(-1, "world_size", "devices")) == 1:
         return False
-    if call.callee is None and libraries.collective(call.name, call.receiver):
+    if call.callee is None and libraries.collective_of(call):
         return True
-    if libraries.STARTS.fullmatch(call.last):
+    if libraries.STARTS.fullmatch(call.last) or _is_launched(call):
         return True
     thing = libraries.made(call.name, call.function, 0) if call.callee is None else None
     return isinstance(thing, Thing) and thing.tag in _JOINS

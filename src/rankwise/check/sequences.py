@@ -101,7 +101,7 @@ class Sequences:
             return () if call.uncertain else self._of_function(callee, assumption, flags_of(call, callee), depth)
         if _of_a_group(call):
             return ()
-        name = libraries.collective(call.name, call.receiver)
+        name = libraries.collective_of(call)
         return (name,) if name else ()
 
     def _of_function(

@@ -104,6 +104,10 @@ class Module:
         return any(line.lstrip().startswith("global ") for line in self.lines)
 
     @cached_property
+    def names_local_rank(self) -> bool:
+        return any("local_rank" in line or "LOCAL_RANK" in line for line in self.lines)
+
+    @cached_property
     def is_test(self) -> bool:
         """Whether it is a file of tests, whose writes are nobody's checkpoints."""
         name = self.parts[-1] if self.parts else ""

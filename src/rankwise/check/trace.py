@@ -67,7 +67,6 @@ class Branch:
     test: Test
     then: list[Item]
     other: list[Item]
-    text: str = ""
 
 
 @dataclass(eq=False)
@@ -105,6 +104,8 @@ class Trace:
     """Where a local rank picks a share of something that is divided by the world size."""
     sums: dict[ast.expr, Value] = field(default_factory=dict)
     """Sums with a local rank -> that rank."""
+    true_names: frozenset[tuple[str, bool | None]] | None = None
+    """What `flags.true_names` finds, once it was asked."""
     reads_rank: bool = False
     """It asks for a rank, or takes one."""
 

@@ -134,6 +134,8 @@ class DeviceName:
     """A text such as "cuda:3"; `index` is what stands after the colon."""
 
     index: Value
+    place: tuple[str, ast.expr] | None = field(default=None, compare=False, repr=False)
+    """The file and the expression that make the text."""
 
 
 @dataclass(frozen=True)
@@ -180,12 +182,12 @@ def testing(atom: Atom) -> Value:
 
 
 def join(first: Value, second: Value) -> Value:
-    """What holds of either. A constant gives way: it is what a lone process has."""
+    """What holds of either. A constant gives way, or a plain device: it is what a lone process has."""
     if first == second or second is first:
         return first
-    if is_const(first) and not is_const(second):
+    if _is_plain(first) and not _is_plain(second):
         first, second = second, first
-    if is_const(second) and (first.kind or first.test or isinstance(first.data, Thing)):
+    if _is_plain(second) and (first.kind or first.test or isinstance(first.data, Thing)):
         return first if not first.test or not constant(second) else _unsure(first)
     varies = first.varies or second.varies
     if first.kind == second.kind and first.kind:
@@ -206,6 +208,10 @@ def join(first: Value, second: Value) -> Value:
     if first.test or second.test:
         return _unsure(first if first.test else second)
     return VARYING if varies else UNKNOWN
+
+
+def _is_plain(value: Value) -> bool:
+    return is_const(value) or (isinstance(value.data, DeviceName) and not value.varies and not value.data.index.kind)
 
 
 def _unsure(value: Value) -> Value:

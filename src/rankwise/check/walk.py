@@ -10,7 +10,7 @@ from typing import Literal
 from rankwise.check import facts
 from rankwise.check.arithmetic import merge
 from rankwise.check.calls import Caller
-from rankwise.check.conditions import asks_for_wrapper, gained_in, is_lone, truth
+from rankwise.check.conditions import asks_for_wrapper, gained_in, is_lone, refused, truth, with_lone
 from rankwise.check.finding import Step
 from rankwise.check.objects import Instance
 from rankwise.check.program import Program
@@ -47,6 +47,8 @@ class Walker(Caller):
     def __init__(self, program: Program, trace: Trace, variables: dict[str, Value]) -> None:
         super().__init__(program, trace, variables)
         self.results: list[tuple[Value, Test]] = []
+        self.lone: dict[str, bool] = {}
+        """Flags of which one value is refused with many processes -> that value."""
         self._depth = 0
 
     def run(self, body: list[ast.stmt]) -> bool:
@@ -91,7 +93,9 @@ class Walker(Caller):
             case ast.Break():
                 return self._leave(node, "break")
             case ast.Assert():
-                self.guard = both(self.guard, truth(self.evaluate(node.test), self.module.text(node.test)).when_true)
+                held = truth(self.evaluate(node.test)).when_true
+                # Ranks compared with anything else are checked here, and not divided.
+                self.guard = both(self.guard, tuple(atom for atom in held if atom.scope != "some"))
             case ast.Delete():
                 pass
             case ast.FunctionDef() | ast.AsyncFunctionDef():
@@ -125,8 +129,10 @@ class Walker(Caller):
         return True
 
     def _if(self, node: ast.If) -> bool:
-        test = truth(self.evaluate(node.test), self.module.text(node.test, 200))
+        test = truth(self.evaluate(node.test))
+        test = with_lone(node.test, test, self.lone)
         test = Test(_placed(test.when_true, node.test), _placed(test.when_false, node.test))
+        self.lone |= refused(node.body if is_lone(test.when_false) else node.orelse if is_lone(test.when_true) else ())
         before, variables, items = self.guard, self.variables, self.items
         then_items: list[Item] = []
         other_items: list[Item] = []
@@ -145,7 +151,7 @@ class Walker(Caller):
         gained = both(gained, gained_in(entered, self.guard, is_lone(test.when_true)))
         self.guard, self.items = before, items
         if then_items or other_items:
-            self.items.append(Branch(node, test, then_items, other_items, self.module.text(node.test)))
+            self.items.append(Branch(node, test, then_items, other_items))
         if then_ended:
             self.guard = both(before, test.when_false)
             self.variables = other_variables
@@ -182,6 +188,8 @@ class Walker(Caller):
         if isinstance(source.data, Many) and source.data.items:
             element = join(source.data.items[0], source.data.items[-1])
         self.assign(node.target, element, node)
+        if isinstance(node.iter, ast.Call) and text.startswith("enumerate(") and isinstance(node.target, ast.Tuple):
+            self.assign(node.target.elts[0], UNKNOWN, node)  # all ranks count alike
         self._loop(node, node.body)
         self.run(node.orelse)
 
@@ -193,7 +201,7 @@ class Walker(Caller):
         return isinstance(node.func, ast.Name) and made.last not in _GOES_OVER and made.name not in _GOES_OVER
 
     def _while(self, node: ast.While) -> bool:
-        test = truth(self.evaluate(node.test), self.module.text(node.test))
+        test = truth(self.evaluate(node.test))
         before = self.guard
         self.guard = both(before, test.when_true)
         self._loop(node, node.body)
@@ -257,8 +265,8 @@ class Walker(Caller):
                 rest = VARYING if value.varies else UNKNOWN
                 self.assign(one, known[place] if len(known) == len(target.elts) else rest, node)
             return
-        right = self.module.text(getattr(node, "value", None) or target)
         if value.kind or value.test is not None:
+            right = self.module.text(getattr(node, "value", None) or target)
             value = value.via(f"{self.module.text(target)} <- {right}", self.module.path, node.lineno)
         self.trace.stores.append(Store(node, target, value, self.guard))
         if isinstance(target, ast.Name):
@@ -281,6 +289,9 @@ class Walker(Caller):
 
     def _assign_attribute(self, target: ast.Attribute, value: Value) -> None:
         path = self.path_of(target)
+        kind = facts.NAMED.get(target.attr)
+        if kind and value in (UNKNOWN, VARYING):
+            value = of(kind)
         if value.test is not None:
             value = replace(value, test=_named(value.test, self.module.text(target), value.trail[:1]))
         if path is not None:

@@ -48,22 +48,22 @@ def test_membership_of_0_and_minus_1_is_the_main_process() -> None:
 
 
 def test_a_rank_as_a_truth_is_not_rank_0() -> None:
-    assert truth(RANK, "").when_true == (MAIN.opposite,)
+    assert truth(RANK).when_true == (MAIN.opposite,)
 
 
 def test_and_keeps_both_and_tells_nothing_of_the_rest() -> None:
-    test = combine([truth(RANK, ""), Condition()], True)
+    test = combine([truth(RANK), Condition()], True)
     assert test.when_true == (MAIN.opposite,)
     assert all(not atom.sure for atom in test.when_false)
 
 
 def test_or_with_an_unknown_flag_is_no_sure_guard() -> None:
-    test = combine([Condition(), ~truth(RANK, "")], False)
+    test = combine([Condition(), ~truth(RANK)], False)
     assert [atom.sure for atom in test.when_true] == [False]
 
 
 def test_or_with_not_distributed_stays_sure() -> None:
-    test = combine([Condition((SINGLE,), ()), ~truth(RANK, "")], False)
+    test = combine([Condition((SINGLE,), ()), ~truth(RANK)], False)
     assert test.when_true == (MAIN,)
 
 

@@ -59,9 +59,12 @@ def check(program: Program) -> Iterator[Finding]:
 def _report(
     trace: Trace, call: Call, node: ast.expr, value: Value, seen: set[tuple[str, int, int]]
 ) -> Iterator[Finding]:
+    made = value.data.place if isinstance(value.data, DeviceName) else None
+    is_near = made is not None and made[0] == trace.module.path
+    if made is not None and is_near:
+        node = made[1]  # told once, where its text is made
     place = (trace.module.path, node.lineno, node.col_offset)
-    parameter = _parameter(trace, value)
-    if place in seen or parameter in _DEVICE_NAMES:
+    if place in seen or (not is_near and _parameter(trace, value) in _DEVICE_NAMES):
         return
     seen.add(place)
     yield _finding(trace, node, _index(value), _edits(trace, call, node))

@@ -71,25 +71,25 @@ def _find(program: Program) -> list[tuple[Module, Difference]]:
                     names = sequences.names(call, None)
                     if names and not call.in_handler:
                         found.append((trace.module, Difference(call, names, atom, None)))
-        found += [(trace.module, one) for one in _file_branches(trace.items, sequences)]
+        found += [(trace.module, one) for one in _file_branches(trace.module, trace.items, sequences)]
     return found
 
 
-def _file_branches(items: list[Item], sequences: Sequences) -> Iterator[Difference]:
+def _file_branches(module: Module, items: list[Item], sequences: Sequences) -> Iterator[Difference]:
     """Broadcasts under `if path.exists()`: what tells the others is reached only where the file is seen."""
     for item in items:
         if isinstance(item, Loop):
-            yield from _file_branches(item.body, sequences)
+            yield from _file_branches(module, item.body, sequences)
         elif isinstance(item, Branch):
-            yield from _file_branches(item.then, sequences)
-            yield from _file_branches(item.other, sequences)
-            if _FILE_TEST.search(item.text) and not sequences.way(item.other, None).reached:
+            yield from _file_branches(module, item.then, sequences)
+            yield from _file_branches(module, item.other, sequences)
+            place = item.node.test if isinstance(item.node, ast.If) else None
+            text = module.text(place) if place is not None else ""
+            if _FILE_TEST.search(text) and not sequences.way(item.other, None).reached:
                 for reached in sequences.way(item.then, None).reached:
                     if reached.call.callee is None and reached.names[0].startswith("broadcast_object"):
-                        place = item.node.test if isinstance(item.node, ast.If) else None
-                        yield Difference(
-                            reached.call, reached.names, Atom("some", "main", text=item.text, place=place), None
-                        )
+                        atom = Atom("some", "main", text=text, place=place)
+                        yield Difference(reached.call, reached.names, atom, None)
 
 
 def who(difference: Difference) -> str:

@@ -93,7 +93,7 @@ def _guarded_caller(program: Program, call: Call) -> bool:
         if function in program.handed_over:
             return True
         for above in program.callers.get(function, ()):
-            if above.guard:
+            if above.guard_on_ranks or above.in_handler:
                 return True
             waiting.append(above.caller)
     return False

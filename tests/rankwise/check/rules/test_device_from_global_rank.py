@@ -208,3 +208,26 @@ def test_a_wrong_device_is_told_where_it_is_made_and_not_at_each_use(expect: Exp
 
 def test_a_tensor_made_on_a_device_by_the_global_rank_is_found(expect: Expect) -> None:
     expect("RW101", "import torch, torch.distributed as dist\nx = torch.zeros(1, device=dist.get_rank())  #! RW101\n")
+
+
+def test_a_name_of_a_device_is_told_once_where_it_is_made(expect: Expect) -> None:
+    source = """import torch, torch.distributed as dist
+rank = dist.get_rank()
+device = f"cuda:{rank}"  #! RW101
+a.to(device)
+b.to(device)
+"""
+    expect("RW101", source)
+    expect("RW101", source.replace('f"cuda:{rank}"', '"cuda:{}".format(rank)'))
+
+
+def test_a_plain_device_of_another_caller_changes_nothing(expect: Expect) -> None:
+    source = """import os, torch
+def train(rank):
+    model.to(rank)  #! RW101
+if parallel:
+    train(rank=int(os.environ["RANK"]))
+else:
+    train(rank=torch.device("cuda"))
+"""
+    expect("RW101", source)

@@ -96,3 +96,17 @@ def test_a_share_of_the_node_or_of_the_global_rank_is_right(expect: Expect, use:
 def test_a_rank_among_the_processes_of_one_model_is_no_local_rank(expect: Expect) -> None:
     text = "local_rank = get_sp_parallel_rank()\nworld_size = get_sp_world_size()\nn = heads // world_size\n"
     expect("RW203", f"import torch.distributed as dist\n{text}x = y[local_rank * n :]\n")
+
+
+def test_a_local_rank_that_an_unknown_helper_gives_is_one_by_its_name(expect: Expect) -> None:
+    source = """import torch.distributed as dist
+args.local_rank, args.rank, args.world_size = get_envs()
+dist.init_process_group("nccl", rank=args.local_rank, world_size=args.world_size)  #! RW203
+"""
+    expect("RW203", source)
+
+
+def test_a_seed_of_several_parts_is_found(expect: Expect) -> None:
+    head = "import os, torch\nlocal_rank, world_size = int(os.environ['LOCAL_RANK']), int(os.environ['WORLD_SIZE'])\n"
+    expect("RW203", f"{head}torch.manual_seed(666 + local_rank + world_size * step)  #! RW203\n")
+    expect("RW203", f"{head}torch.manual_seed(666 + local_rank + int(os.environ['NODE_RANK']) * 8)\n")

@@ -289,3 +289,88 @@ def test_a_path_from_a_caller_that_is_not_given_is_not_judged(expect: Expect) ->
     text = f"{HEAD}def test(path):\n    if rank == 0:\n        print(path)\n    open(path, 'w')"
     expect("RW301", f"{text}\n")
     expect("RW301", f"{text}  #! RW301\ntest('x.txt')\n")
+
+
+def test_who_a_set_of_ranks_lets_through_is_the_main_process(expect: Expect) -> None:
+    expect("RW301", f"{HEAD}if rank in {{-1, 0}}:\n    torch.save(state, 'x.pt')\n")
+
+
+def test_a_caller_that_is_alone_does_not_excuse_the_others(expect: Expect) -> None:
+    source = """
+def train(state):
+    torch.save(state, 'init.pt')  #! RW301
+def main(args):
+    if not args.evolve:
+        train(1)
+    else:
+        assert rank == -1
+        train(2)
+main(options)
+"""
+    expect("RW301", HEAD + source)
+
+
+def test_what_is_refused_with_many_processes_is_done_by_one(expect: Expect) -> None:
+    source = """
+def main(args):
+    if rank != -1:
+        assert not args.evolve, 'not with many processes'
+    if not args.evolve:
+        torch.save(1, 'a.pt')  #! RW301
+    else:
+        torch.save(1, 'b.pt')
+main(options)
+"""
+    expect("RW301", HEAD + source)
+
+
+def test_an_assertion_about_devices_divides_no_ranks(expect: Expect) -> None:
+    expect("RW301", f"{HEAD}assert torch.cuda.device_count() > rank\ntorch.save(1, 'x.pt')  #! RW301\n")
+
+
+def test_what_all_callers_do_in_a_handler_is_no_finding(expect: Expect) -> None:
+    source = """
+def dump(batch):
+    torch.save(batch, 'bad.pt')
+def main():
+    try:
+        step()
+    except RuntimeError:
+        dump(1)
+        raise
+main()
+"""
+    expect("RW301", HEAD + source)
+
+
+def test_a_random_name_of_another_library_is_random_too(expect: Expect) -> None:
+    expect("RW301", f"from lhotse.utils import uuid4\n{HEAD}torch.save(1, f'{{uuid4()}}.pt')\n")
+
+
+def test_the_number_of_a_turn_is_the_same_on_all_ranks(expect: Expect) -> None:
+    expect("RW301", f"{HEAD}for i, x in enumerate(loader):\n    torch.save(x, f'{{i}}.pt')  #! RW301\n")
+    expect("RW301", f"{HEAD}for name, x in loader:\n    torch.save(x, f'{{name}}.pt')\n")
+
+
+def test_a_rank_told_to_who_makes_the_folder_is_not_in_its_name(expect: Expect) -> None:
+    expect("RW301", f"{HEAD}folder, logger = create_exp_folder(args, rank)\nopen(f'{{folder}}/a', 'w')  #! RW301\n")
+    expect("RW301", f"{HEAD}folder = folder_of(args, rank)\nopen(f'{{folder}}/a', 'w')\n")
+
+
+def test_the_rest_of_a_tuple_keeps_its_values_beside_a_star(expect: Expect) -> None:
+    source = "old = rank, 2\nargs.out, args.rank, args.size = 'out', *old\ntorch.save(1, args.out)  #! RW301\n"
+    expect("RW301", HEAD + source)
+
+
+def test_a_script_for_the_trainer_of_transformers_runs_under_a_launcher(expect: Expect) -> None:
+    source = """import os, transformers
+def main(args):
+    {line}
+    trainer = transformers.Trainer(model=model, args=args)
+    trainer.train()
+    with open('metrics.json', 'w') as file:{expected}
+        file.write('x')
+main(options)
+"""
+    expect("RW301", source.format(line="local_rank = os.environ['LOCAL_RANK']", expected="  #! RW301"))
+    expect("RW301", source.format(line="device = 'cuda'", expected=""))

@@ -103,3 +103,12 @@ def test_equal_seeds_are_found(expect: Expect) -> None:
 def test_the_prefix_of_the_wrapper_is_found(expect: Expect) -> None:
     wrapped = "from torch.nn.parallel import DistributedDataParallel as DDP\nmodel = DDP(net)\n"
     expect("RW602", f"{wrapped}torch.save(model.state_dict(), p)  #! RW602\ntorch.save(model.module.state_dict(), p)\n")
+
+
+def test_a_checkpoint_that_is_written_without_the_others_is_no_collective(expect: Expect) -> None:
+    source = """import os, torch.distributed.checkpoint as dcp
+def convert(tree, folder):
+    os.mkdir(folder)
+    dcp.save(tree, checkpoint_id=folder, no_dist=True)
+"""
+    expect("RW303", source)
