@@ -72,10 +72,10 @@ def by_name(node: ast.expr, left: Value, operator: ast.cmpop, right: Value) -> T
         return _DOUBT
     if isinstance(number, bool) or number != 0:
         return None
-    text = ast.unparse(node)
-    if not _RANK_NAME.search(text.rpartition(".")[2].lower()):
+    last = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+    if not _RANK_NAME.search(last.lower()):
         return None
-    test = _number(Value("rank"), operator, 0, text) or _NOTHING
+    test = _number(Value("rank"), operator, 0, last) or _NOTHING
     return Test(unsure(test.when_true), unsure(test.when_false))
 
 

@@ -158,7 +158,7 @@ def _unwrapped(module: Module) -> set[str]:
 
 
 def _by_name(names: Walker, function: Function, parameter: ast.arg, value: Value) -> Value:
-    annotation = ast.unparse(parameter.annotation) if parameter.annotation is not None else ""
+    annotation = names.module.text(parameter.annotation, 200) if parameter.annotation is not None else ""
     tag = annotation.strip("'\"").rpartition(".")[2]
     if tag in libraries.ACCELERATOR or (
         parameter.arg == "accelerator" and "accelerate" in names.module.imports.values()

@@ -39,6 +39,8 @@ class Program:
         self._by_module: dict[Module, list[Trace]] | None = None
         self._imported: dict[Module, list[Module]] = {}
         self._resolved: dict[tuple[str, str], Module | None] = {}
+        self._bases: dict[Class, list[Class]] = {}
+        self._methods: dict[Module, dict[str, Function | None]] = {}
         self._parted: dict[tuple[str, str], tuple[Module | None, list[str]]] = {}
         for path in sources:
             parts = _parts_of(path)
@@ -147,6 +149,11 @@ class Program:
 
     def base_classes(self, owner: Class) -> list[Class]:
         """The class and those given classes that it inherits from."""
+        if owner not in self._bases:
+            self._bases[owner] = self._base_classes(owner)
+        return self._bases[owner]
+
+    def _base_classes(self, owner: Class) -> list[Class]:
         found: list[Class] = []
         waiting = [owner]
         while waiting and len(found) < 8:
@@ -171,8 +178,12 @@ class Program:
 
     def method_by_name(self, name: str, near: Module) -> Function | None:
         """The one method of this name in the module, or None where there are none or several."""
-        found = [one for one in near.functions if one.owner is not None and one.name == name]
-        return found[0] if len(found) == 1 else None
+        if near not in self._methods:
+            known = self._methods[near] = {}
+            for one in near.functions:
+                if one.owner is not None:
+                    known[one.name] = None if one.name in known else one
+        return self._methods[near].get(name)
 
     def traces_in(self, module: Module) -> list[Trace]:
         """Of the functions of one file, and of its own level."""

@@ -14,7 +14,6 @@ from rankwise.check.conditions import asks_for_wrapper, gained_in, is_lone, refu
 from rankwise.check.finding import Step
 from rankwise.check.objects import Instance
 from rankwise.check.program import Program
-from rankwise.check.source import FunctionNode
 from rankwise.check.trace import Branch, Item, Leave, Loop, Store, Trace
 from rankwise.check.values import (
     UNKNOWN,
@@ -347,6 +346,3 @@ def _loaded(target: ast.expr) -> ast.expr:
     if isinstance(target, ast.Name):
         return ast.copy_location(ast.Name(target.id, ast.Load()), target)
     return target
-
-
-__all__ = ["FunctionNode", "Walker"]
