@@ -24,7 +24,9 @@ from rankwise.check.values import (
 _RANK_NAME = re.compile(
     r"(?:^|_)(?:rank|gpu|gpu_?id|(?:proc|process|worker|node|machine|task)_?(?:id|index|idx)|device|device_?id|shard_id|ordinal)$"
 )
+_NODE_NAME = re.compile(r"(?:^|_)(?:node|host|machine)_?(?:id|idx|index|name|ip)$")
 _NOTHING = Test()
+_ONE_NODE = Test((Atom("node_rank", "main", False),), (Atom("node_rank", "others", False),))
 _DOUBT = Test((Atom("some", "main", False),), (Atom("some", "others", False),))
 _SINGLE = Test((Atom("single", "main"),), ())
 _SCOPES = {"local_rank": "local_rank", "node_rank": "node_rank"}
@@ -65,18 +67,25 @@ def compare(left: Value, operator: ast.cmpop, right: Value, text: str) -> Test |
     return _number(left, operator, number, text)
 
 
-def by_name(node: ast.expr, left: Value, operator: ast.cmpop, right: Value) -> Test | None:
-    """A number that is called a rank compared with 0: enough to be silent, too little to report."""
-    number = constant(right)
+def by_name(node: ast.Compare, left: Value, right: Value) -> Test | None:
+    """A number that is called a rank compared with 0, or two nodes: enough to be silent, too little to report."""
+    number, operator = constant(right), node.ops[0]
+    if isinstance(operator, ast.Eq) and any(_NODE_NAME.search(_last(one)) for one in (node.left, node.comparators[0])):
+        return _ONE_NODE
     if left.varies or right.varies:
         return _DOUBT
     if isinstance(number, bool) or number != 0:
         return None
-    last = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
-    if not _RANK_NAME.search(last.lower()):
+    last = _last(node.left)
+    if not _RANK_NAME.search(last):
         return None
     test = _number(Value("rank"), operator, 0, last) or _NOTHING
     return Test(unsure(test.when_true), unsure(test.when_false))
+
+
+def _last(node: ast.expr) -> str:
+    last = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+    return last.lower()
 
 
 def _is_rank(value: Value) -> bool:

@@ -144,7 +144,7 @@ class Evaluator(Names):
         if len(rights) == 1:
             known = left.kind or rights[0].kind or left.test
             test = compare(left, node.ops[0], rights[0], self.module.text(node) if known else "")
-            test = test or by_name(node.left, left, node.ops[0], rights[0])
+            test = test or by_name(node, left, rights[0])
             if test is not None:
                 return Value("", varies, test, None, trail)
         return VARYING if varies else UNKNOWN

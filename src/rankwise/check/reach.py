@@ -62,7 +62,8 @@ def _many_ranks(program: Program) -> set[object]:
         trace_of = by_key.get(key)
         for call in trace_of.calls if trace_of else ():
             callee = _function_of(program, call)
-            if callee is not None and callee not in found and not call.uncertain:
+            # What is called by some ranks alone may be called by who knows no ranks too.
+            if callee is not None and callee not in found and not call.uncertain and main_only(call.guard) is None:
                 found.add(callee)
                 waiting.append(callee)
     return found

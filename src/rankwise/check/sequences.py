@@ -67,6 +67,8 @@ class _Way:
     left: Leave | None = None
     leaves: list[Leave] = field(default_factory=list)
     """All exits on the way, also those of a loop's turn."""
+    is_loose: bool = False
+    """Both sides of a branch that is not of ranks are in it, with different collectives."""
     passed: set[int] = field(default_factory=set)
     """The ids of all calls on the way, also of those without collectives."""
 
@@ -74,6 +76,7 @@ class _Way:
         self.reached += inner.reached
         self.leaves += inner.leaves
         self.passed |= inner.passed
+        self.is_loose |= inner.is_loose
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,9 @@ class Sequences:
         second = self.way(item.other, assumption, depth, flags)
         way.passed |= first.passed | second.passed
         way.reached += first.reached
+        way.is_loose |= first.is_loose or second.is_loose
         if [one.names for one in first.reached] != [one.names for one in second.reached]:
+            way.is_loose |= bool(first.reached and second.reached)
             way.reached += second.reached
         if first.left is not None and second.left is not None:
             way.left = first.left
@@ -173,7 +178,7 @@ class Sequences:
                 continue
             ways = [self.way(trace.items, Assumption(atom.scope, atom.text, is_main)) for is_main in (True, False)]
             for mine, others in ((ways[0], ways[1]), (ways[1], ways[0])):
-                for reached in _only(mine.reached, others.reached):
+                for reached in _only(mine, others):
                     if id(reached.call) in others.passed:
                         continue  # all come to this call, and part in it: it is told there
                     if atom.scope == "some" and "init_process_group" in reached.names:
@@ -201,14 +206,16 @@ def _skips(leave: Leave, call: Call) -> bool:
     return True
 
 
-def _only(mine: list[Reached], others: list[Reached]) -> list[Reached]:
+def _only(mine: _Way, others: _Way) -> list[Reached]:
     """What only the first comes to, less what the others do in its place."""
-    shared = {id(one.call) for one in mine} & {id(one.call) for one in others}
-    first = [one for one in mine if id(one.call) not in shared]
-    second = [name for one in others if id(one.call) not in shared for name in one.names]
+    shared = {id(one.call) for one in mine.reached} & {id(one.call) for one in others.reached}
+    first = [one for one in mine.reached if id(one.call) not in shared]
+    second = [name for one in others.reached if id(one.call) not in shared for name in one.names]
     names = [name for one in first for name in one.names]
     if not first or names == second:
         return []
+    if mine.is_loose or others.is_loose:  # how often is not known
+        return [one for one in first if not set(one.names) <= set(second)]
     matched: set[int] = set()
     for block in SequenceMatcher(None, names, second, autojunk=False).get_matching_blocks():
         matched.update(range(block.a, block.a + block.size))

@@ -229,3 +229,22 @@ def test_a_function_in_a_test_is_true(expect: Expect) -> None:
             evaluate()
         """,
     )
+
+
+def test_sides_that_do_the_same_more_or_less_often_are_not_compared(expect: Expect) -> None:
+    source = """import torch.distributed as dist
+def send(data, rank):
+    if rank == 0:
+        if len(data) == 0:
+            dist.broadcast(size, 0)
+        else:
+            dist.broadcast(size, 0)
+            dist.broadcast(data, 0)
+    else:
+        dist.broadcast(size, 0)
+        if size == 0:
+            return
+        dist.broadcast(data, 0)
+send(x, dist.get_rank())
+"""
+    expect("RW401", source)

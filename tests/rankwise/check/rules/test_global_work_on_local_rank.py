@@ -159,3 +159,12 @@ def test_an_upload_is_work_for_one_process(expect: Expect) -> None:
 )
 def test_work_that_every_node_may_need_is_right(expect: Expect, work: str) -> None:
     expect("RW201", f"import shutil\n{HEAD}if local_rank == 0:\n    {work}\n")
+
+
+def test_a_guard_of_one_node_beside_it_is_right(expect: Expect) -> None:
+    source = """import os, torch
+local_rank = int(os.environ["LOCAL_RANK"])
+if head.node_id == current_node_id and local_rank == 0:
+    torch.save(1, "x.pt")
+"""
+    expect("RW201", source)

@@ -112,3 +112,32 @@ def convert(tree, folder):
     dcp.save(tree, checkpoint_id=folder, no_dist=True)
 """
     expect("RW303", source)
+
+
+LOADS = "import io, torch, torch.distributed as dist\ndist.init_process_group()\nrank = dist.get_rank()\n"
+
+
+def test_a_load_without_a_device_is_found(expect: Expect) -> None:
+    expect("RW601", f"{LOADS}torch.load(path)  #! RW601\n")
+
+
+@pytest.mark.parametrize(
+    "load", ["torch.load(f'{rank}.pt')", "torch.load(io.BytesIO(x))", "file.seek(0)\ntorch.load(file)"]
+)
+def test_a_load_of_ones_own_file_or_of_bytes_is_right(expect: Expect, load: str) -> None:
+    expect("RW601", f"{LOADS}{load}\n")
+
+
+def test_a_tracker_that_one_rank_makes_and_others_make_elsewhere_is_right(expect: Expect) -> None:
+    source = """import wandb, torch.distributed as dist
+class Tracking:
+    def __init__(self):
+        wandb.init()
+def train():
+    if dist.get_rank() == 0:
+        Tracking()
+    dist.barrier()
+def drive():
+    Tracking()
+"""
+    expect("RW302", source)
