@@ -19,6 +19,9 @@ _MANY_NODES = re.compile(
     r"node_rank|nnodes|num_nodes|num_machines|machine_rank|n_nodes|NODE_RANK|nodes_num|node_id|args\.nodes"
 )
 
+_RUNS_IT = re.compile(r"(?:^|\.)(?:app\.run|Fire|typer\.run|tyro\.cli)$")
+"""What calls the function that it is given, on every rank that comes there."""
+
 
 def explore(sources: Mapping[str, str | bytes]) -> Program:
     """The program, with a trace of every function of the files that matter."""
@@ -276,7 +279,7 @@ def _link(program: Program) -> None:
                 callee = program.method(callee, "__init__")
             if callee is not None:
                 program.callers.setdefault(callee, []).append(call)
-            for value in (*call.arguments, *call.keywords.values()):
+            for value in () if _RUNS_IT.search(call.name) else (*call.arguments, *call.keywords.values()):
                 if isinstance(value.data, Bound) and value.data.function not in program.started:
                     program.handed_over.add(value.data.function)
 

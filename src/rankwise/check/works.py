@@ -53,7 +53,9 @@ _FIRST_OF_METHOD = frozenset({"save_pretrained", "to_csv", "to_json", "to_parque
 _IS_CONFIG = re.compile(r"(?:^|[._])(?:cfg|config)$", re.IGNORECASE)
 _SAME_EVERYWHERE = re.compile(r"token|processor|config|extractor|scheduler|feature", re.IGNORECASE)
 _ON_THIS_NODE = re.compile(r"tmp|temp|cache|scratch|local_dir|/dev/", re.IGNORECASE)
-_IS_PATH = re.compile(r"path|file|folder|_dir\b|ckpt|\.(?:pth?|ckpt|png|jpg|npy|json)\b", re.IGNORECASE)
+_IS_PATH = re.compile(
+    r"path|file|folder|_dir\b|ckpt|\.(?:pth?|ckpt|png|jpg|npy|jsonl?|ya?ml|csv|pkl|toml)\b", re.IGNORECASE
+)
 TRACKERS = frozenset(
     [
         "wandb.init",
@@ -90,6 +92,12 @@ _SAVES = re.compile(
     r"_?(?:save|export|upload|push|dump)_?(?:model|checkpoint|ckpt|snapshot|state|weights|to_hub|.*checkpoint.*|pretrained|.*ckpt.*)\w*"
 )
 
+_OF_FORMAT = re.compile(
+    r"(?:yaml|jsonl?|pickle|pkl|toml|csv)_?(?:save|dump|write)"
+    r"|(?:save|dump|write)_(?:to_|as_)?(?:yaml|jsonl?|pickle|pkl|toml|csv)(?:_file)?"
+)
+_WRITERS = re.compile(r"(?:Summary|Tensor[Bb]oardX?)(?:Writer|Logger)")
+
 
 def written_path(call: Call) -> ast.expr | None:
     """The expression of the path that a call writes; None where it writes none."""
@@ -109,6 +117,8 @@ def written_path(call: Call) -> ast.expr | None:
         return call.argument_node(1, "f", "filename", "dst", "fp")
     if name in _FIRST:
         return call.argument_node(0, "file", "fname", "filename", "path", "uri")
+    if isinstance(call.function.data, Ref) and _OF_FORMAT.fullmatch(last):
+        return next((one for one in call.node.args[:2] if _IS_PATH.search(call.module.text(one, 200))), None)
     if isinstance(call.node.func, ast.Attribute):
         if last in _METHODS:
             return call.node.func.value
@@ -169,7 +179,9 @@ def _work(program: Program, call: Call, known: dict[Function, str | None], depth
         return (
             None if _ON_THIS_NODE.search(call.module.text(path)) else f"{shown}() writes {call.module.text(path, 40)}"
         )
-    if starts_tracker(call) or call.name in _TRACKED or (call.last in _UPLOADS and call.callee is None):
+    if starts_tracker(call) or (call.callee is None and _WRITERS.fullmatch(call.last)):
+        return f"{shown}()"
+    if call.name in _TRACKED or (call.last in _UPLOADS and call.callee is None):
         return f"{shown}()"
     if makes_folder(call) and not _is_looked_for(call):
         return f"{shown}() makes a folder"

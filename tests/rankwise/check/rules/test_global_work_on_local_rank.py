@@ -168,3 +168,13 @@ if head.node_id == current_node_id and local_rank == 0:
     torch.save(1, "x.pt")
 """
     expect("RW201", source)
+
+
+def test_a_writer_for_tensorboard_of_any_library_is_global_work(expect: Expect) -> None:
+    source = """import os
+from utils import TensorboardWriter
+local_rank = int(os.environ["LOCAL_RANK"])
+if local_rank == 0:  #! RW201
+    writer = TensorboardWriter(folder)
+"""
+    expect("RW201", source)

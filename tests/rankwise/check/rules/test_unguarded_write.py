@@ -374,3 +374,16 @@ main(options)
 """
     expect("RW301", source.format(line="local_rank = os.environ['LOCAL_RANK']", expected="  #! RW301"))
     expect("RW301", source.format(line="device = 'cuda'", expected=""))
+
+
+def test_a_helper_that_is_named_after_a_format_writes(expect: Expect) -> None:
+    head = f"from utils import save_json, yaml_save\n{HEAD}"
+    expect("RW301", f"{head}yaml_save(folder / 'opt.yaml', vars(args))  #! RW301\n")
+    expect("RW301", f"{head}save_json(results, 'results.json')  #! RW301\n")
+    expect("RW301", f"{head}if rank == 0:\n    save_json(results, 'results.json')\n")
+    expect("RW301", f"{HEAD}trainer.state.save_to_json('results.json')\n")
+
+
+def test_what_an_application_runs_is_not_handed_over(expect: Expect) -> None:
+    source = "from absl import app\ndef main(argv):\n    torch.save(1, 'x.pt')  #! RW301\napp.run(main)\n"
+    expect("RW301", HEAD + source.replace("torch.save", "rank = dist.get_rank()\n    torch.save"))
