@@ -155,4 +155,22 @@ def is_single(guard: Guard) -> bool:
     return any(atom.scope == "single" and atom.which == "main" and atom.sure for atom in guard)
 
 
-__all__ = ["is_guarded", "is_single", "main_only", "many_ranks", "runs_on_many", "whole_guard"]
+def has_guarded_caller(program: Program, call: Call) -> bool:
+    """Whether any caller, at any height, has a guard: then the others are taken for cases of their own."""
+    seen: set[Function] = set()
+    waiting = [call.caller]
+    while waiting:
+        function = waiting.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        if function in program.handed_over:
+            return True
+        for above in program.callers.get(function, ()):
+            if above.guard_on_ranks or above.in_handler:
+                return True
+            waiting.append(above.caller)
+    return False
+
+
+__all__ = ["has_guarded_caller", "is_guarded", "is_single", "main_only", "many_ranks", "runs_on_many", "whole_guard"]

@@ -203,7 +203,7 @@ def join(first: Value, second: Value) -> Value:
     for one, other in ((first, second), (second, first)):
         if isinstance(one.data, Thing) and isinstance(other.data, Thing) and one.data.tag == "bare":
             return one
-        if isinstance(one.data, Thing) and other == UNKNOWN:
+        if isinstance(one.data, Thing) and other.data is None and not other.kind and not other.test:
             return one
     if first.test or second.test:
         return _unsure(first if first.test else second)

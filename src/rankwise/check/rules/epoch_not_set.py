@@ -175,7 +175,7 @@ def _is_loader(module: Module, node: ast.expr) -> bool:
         return False
     text = module.text(node, 200)
     return re.search(
-        r"(?:loader|sampler|dataloaders?|data_iter)\w*(?:\[.*\])?$", text
+        r"(?:loader|(?<!down)(?<!up)sampler|dataloaders?|data_iter)\w*(?:\[.*\])?$", text
     ) is not None and not _NO_TRAINING.search(text)
 
 

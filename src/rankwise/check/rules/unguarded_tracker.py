@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from rankwise.check.explore import whole_guard
 from rankwise.check.finding import Finding
 from rankwise.check.program import Program
-from rankwise.check.reach import runs_on_many
+from rankwise.check.reach import has_guarded_caller, runs_on_many
 from rankwise.check.trace import Call, Trace
 from rankwise.check.works import calls_with, starts_tracker
 
@@ -41,7 +41,7 @@ def check(program: Program) -> Iterator[Finding]:
         if not starts_tracker(call) or call.guard or not (spawned or runs_on_many(program, trace)):
             continue
         per_rank = any(value.varies for value in (*call.arguments, *call.keywords.values()))
-        if per_rank or "group" in call.keywords or whole_guard(program, call):
+        if per_rank or "group" in call.keywords or whole_guard(program, call) or has_guarded_caller(program, call):
             continue
         if call.name == "wandb.init" and any("WANDB_MODE" in line for line in trace.module.lines):
             continue  # it is switched off on some ranks, or may be

@@ -32,7 +32,7 @@ from collections.abc import Iterator
 from rankwise.check.explore import whole_guard
 from rankwise.check.finding import Finding
 from rankwise.check.program import Program
-from rankwise.check.reach import runs_on_many
+from rankwise.check.reach import has_guarded_caller, runs_on_many
 from rankwise.check.trace import Call
 from rankwise.check.values import Thing, Value, constant
 from rankwise.check.works import calls_with, written_path
@@ -53,7 +53,7 @@ def check(program: Program) -> Iterator[Finding]:
             continue
         if _is_callers(program, call, path):
             continue
-        if _varies(call, path) or whole_guard(program, call) or _guarded_caller(program, call):
+        if _varies(call, path) or whole_guard(program, call) or has_guarded_caller(program, call):
             continue
         shown = trace.module.text(path, 50)
         message = f"every rank writes {shown}. Let the main process write it, or put the rank in the name"
@@ -79,21 +79,3 @@ def _varies(call: Call, path: ast.expr) -> bool:
                 return True
             return value.varies or "devnull" in call.module.text(path) or str(constant(value)).startswith("/dev/")
     return call.receiver is not None and call.receiver.varies
-
-
-def _guarded_caller(program: Program, call: Call) -> bool:
-    """Whether any caller, at any height, has a guard: then the others are taken for cases of their own."""
-    seen = set()
-    waiting = [call.caller]
-    while waiting:
-        function = waiting.pop()
-        if function is None or function in seen:
-            continue
-        seen.add(function)
-        if function in program.handed_over:
-            return True
-        for above in program.callers.get(function, ()):
-            if above.guard_on_ranks or above.in_handler:
-                return True
-            waiting.append(above.caller)
-    return False

@@ -74,3 +74,15 @@ def test_a_trainer_that_takes_the_loader_sets_the_epoch(expect: Expect) -> None:
     head = "from torch.utils.data import DataLoader, DistributedSampler\n"
     made = "data = DataLoader(x, sampler=DistributedSampler(x))\n"
     expect("RW501", f"{head}{made}for epoch in range(2):\n    trainer.fit(model, data)\n")
+
+
+def test_a_downsampler_is_no_sampler_that_is_handed_over(expect: Expect) -> None:
+    source = """from torch.utils.data import DataLoader, DistributedSampler
+sampler = DistributedSampler(dataset)  #! RW501
+loader = DataLoader(dataset, sampler=sampler)
+model = build(config.downsampler)
+for epoch in range(3):
+    for batch in loader:
+        step(batch)
+"""
+    expect("RW501", source)

@@ -76,3 +76,16 @@ def test_what_a_lone_process_hands_over_has_no_wrapper(expect: Expect) -> None:
     text = f"{HEAD}def evaluate(model):\n    return model(x)\nlocal_rank = int(os.environ['LOCAL_RANK'])\n"
     text += "if local_rank == -1:\n    evaluate(model)\nif local_rank == 0:\n    evaluate(load())\n"
     expect("RW403", "import os\n" + text)
+
+
+def test_a_model_that_is_wrapped_where_there_are_many_is_a_wrapper(expect: Expect) -> None:
+    source = """import torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+device = torch.device("cuda", dist.get_rank() % 8)
+model = make(device)
+if distributed:
+    model = DDP(model)
+if dist.get_rank() == 0:
+    model(x)  #! RW403
+"""
+    expect("RW403", source)
