@@ -150,7 +150,8 @@ def _unwrapped(module: Module) -> set[str]:
     """The names that a file takes a wrapper off: `model.module`, `unwrap_model(model)`."""
     if module.unwrapped is None:
         module.unwrapped = set()
-        for node in ast.walk(module.tree):
+        is_named = any(".module" in line or "unwrap" in line or "de_parallel" in line for line in module.lines)
+        for node in ast.walk(module.tree) if is_named else ():
             if isinstance(node, ast.Attribute) and node.attr == "module" and isinstance(node.value, ast.Name):
                 module.unwrapped.add(node.value.id)
             elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Name):

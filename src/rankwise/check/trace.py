@@ -33,10 +33,11 @@ class Call:
     """In an `except` block."""
     uncertain: bool = False
     """The callee was found by the method's name alone."""
+    last: str = field(init=False)
+    """The last part of the name."""
 
-    @property
-    def last(self) -> str:
-        return self.name.rpartition(".")[2]
+    def __post_init__(self) -> None:
+        self.last = self.name.rpartition(".")[2]
 
     @property
     def guard_on_ranks(self) -> bool:
