@@ -44,6 +44,7 @@ _LONG = timedelta(days=30)
 _connection_numbers = itertools.count()
 _open_connection: Connection | None = None
 _at_end: list[Callable[[bool], None]] = []
+_listeners: dict[str, Callable[[int, Any], None]] = {}
 
 
 class Connection:
@@ -61,6 +62,11 @@ class Connection:
         self._link: Link | None = None
         self._one_machine = True
         self._leave: Callable[[bool], None] | None = None
+
+    @property
+    def identity(self) -> Identity | None:
+        """As all ranks together see it, once they have met."""
+        return self._identity
 
     def find_others(self, identity: Identity) -> Identity:
         """The identity that all ranks together see, once all have come; from here on a failure reaches them.
@@ -90,6 +96,7 @@ class Connection:
                 self._link.doing,
                 self._on_first_failure,
                 logs.receive,
+                _hear,
             )
             self._link.lifeline = self._lifeline
         return self._identity
@@ -166,6 +173,13 @@ class Connection:
         """
         return self._lifeline is not None and self._lifeline.send_record(record)
 
+    def send_message(self, topic: str, content: Any) -> bool:
+        """Tell rank 0, or from rank 0 all others, something that may be lost; False where it surely is.
+
+        Ranks: local.
+        """
+        return self._lifeline is not None and self._lifeline.send_message(topic, content)
+
     def first_failure(self, timeout_seconds: float) -> RankFailure | None:
         """The failure that was noted first in the whole job, by order of arrival; None if none comes in time.
 
@@ -183,7 +197,7 @@ class Connection:
 
         Ranks: local.
         """
-        if self._store is None or self._identity is None or self._lifeline is None:
+        if self._identity is None:
             return None
         failure = RankFailure.of(
             error,
@@ -192,11 +206,36 @@ class Connection:
             device=str(self._device),
             pid=os.getpid(),
         )
+        return self.note(failure)
+
+    def note(self, failure: RankFailure) -> RankFailure | None:
+        """As `note_failure`, of any rank: one that hangs cannot say it of itself.
+
+        Ranks: local.
+        """
+        if self._store is None or self._lifeline is None:
+            return None
         store, words = self._store, json.dumps(asdict(failure))
         if ask(lambda: store.compare_set(FIRST_FAILURE, "", words)) is None:
             return None
         self._lifeline.announce()
         return self.first_failure(_ACKNOWLEDGE_SECONDS)
+
+    def learn(self, failure: RankFailure) -> None:
+        """Take this for the first failure here, where the main process cannot say which it was.
+
+        Ranks: local.
+        """
+        if self._lifeline is not None:
+            self._lifeline.learn(failure)
+
+    @property
+    def token(self) -> str:
+        """What only the ranks of this session know, the same on all; empty at world size 1.
+
+        Ranks: local.
+        """
+        return self._lifeline.token if self._lifeline is not None else ""
 
     def tell_once(self, failure: RankFailure) -> None:
         """Print the first failure of the job, if this rank has not yet.
@@ -338,6 +377,64 @@ def at_session_end(callback: Callable[[bool], None]) -> Callable[[], None]:
             _at_end.remove(callback)
 
     return forget
+
+
+def tell_main(topic: str, content: Any) -> bool:
+    """Tell the main process something, past process groups and accelerators; it may be lost.
+
+    Its listener of that topic is called in a thread of its own connection; the main process may tell itself, and is
+    called at once. Nobody waits.
+
+    Args:
+        content: what JSON can say.
+    Returns:
+        False where there is no session, no way to the main process, or a thousand messages wait already.
+    Ranks: local.
+    """
+    connection = _open_connection
+    if connection is None or connection.identity is None:
+        return False
+    if connection.identity.is_main_process:
+        _hear(connection.identity.rank, topic, content)
+        return True
+    return connection.send_message(topic, content)
+
+
+def tell_others(topic: str, content: Any) -> bool:
+    """Tell all other ranks something, as `tell_main` does the other way.
+
+    Ranks: main process only.
+    """
+    return _open_connection is not None and _open_connection.send_message(topic, content)
+
+
+def listen(topic: str, listener: Callable[[int, Any], None]) -> Callable[[], None]:
+    """Have `listener` called with the sender's rank and the content of each message of a topic.
+
+    It is called in the thread that all messages and the news of failures come through: it must be quick, and what it
+    raises is logged and dropped.
+
+    Returns:
+        What takes that back.
+    Ranks: local.
+    """
+    _listeners[topic] = listener
+
+    def forget() -> None:
+        if _listeners.get(topic) is listener:
+            del _listeners[topic]
+
+    return forget
+
+
+def _hear(rank: int, topic: str, content: Any) -> None:
+    listener = _listeners.get(topic)
+    if listener is None:
+        return
+    try:
+        listener(rank, content)
+    except Exception:
+        _logger.exception("a message of rank %d (%s) could not be used", rank, topic, extra=logs.FILE_ONLY)
 
 
 def end_session(*, failed: bool) -> None:

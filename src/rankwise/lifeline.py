@@ -8,6 +8,7 @@ connections carry the first failure of the job to every rank. What each rank is 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import hmac
 import json
 import os
@@ -34,7 +35,7 @@ POST_SECONDS = 1.0
 """How often a rank tells what it is doing."""
 
 MAX_RECORDS = 1000
-"""Log records that may wait for rank 0 to read them; further ones are refused."""
+"""Log records, and as many other messages, that may wait for rank 0 to read them; further ones are refused."""
 
 _MAX_WAITING_BYTES = 1 << 16
 _CONNECT_SECONDS = 5.0
@@ -53,6 +54,7 @@ class Lifeline:
         on_first_failure: called once, from the thread, with the first failure of the job.
         on_record: called from the thread with each log record that another rank sends to rank 0, and on other ranks
             with those of their own that rank 0 could not be sent.
+        on_message: called from the thread with the sender's rank, the topic and the content of every other message.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Lifeline:
         doing: Callable[[], str],
         on_first_failure: Callable[[RankFailure], None],
         on_record: Callable[[dict[str, Any]], None] = lambda record: None,
+        on_message: Callable[[int, str, Any], None] = lambda rank, topic, content: None,
     ) -> None:
         self.first_failure: RankFailure | None = None
         self.heard = threading.Event()
@@ -72,8 +75,10 @@ class Lifeline:
         self._doing = doing
         self._on_first_failure = on_first_failure
         self._on_record = on_record
+        self._on_message = on_message
         self._announced = False
         self._records: deque[dict[str, Any]] = deque()
+        self._messages: deque[tuple[str, Any]] = deque()
         self._selector = selectors.DefaultSelector()
         self._peers: dict[socket.socket, _Peer] = {}
         self._closing = False
@@ -124,6 +129,23 @@ class Lifeline:
         self._announced = True
         self._wake(b"f")
 
+    @property
+    def token(self) -> str:
+        """A name of this session that strangers cannot guess, and that is no secret: the same on all ranks.
+
+        Ranks: local.
+        """
+        return hashlib.sha256(self._nonce.encode()).hexdigest()[:16]
+
+    def learn(self, failure: RankFailure) -> None:
+        """Take this for the first failure, on this rank alone, where rank 0 cannot say which it was.
+
+        Ranks: local; on ranks other than the main process.
+        """
+        if self.first_failure is None:
+            self.first_failure = failure
+            self.heard.set()
+
     def send_record(self, record: dict[str, Any]) -> bool:
         """Hand a log record over to rank 0's console; False where it cannot get there.
 
@@ -132,6 +154,19 @@ class Lifeline:
         if self._closing or not self._peers or self._identity.is_main_process or len(self._records) >= MAX_RECORDS:
             return False
         self._records.append(record)
+        self._wake(b"r")
+        return True
+
+    def send_message(self, topic: str, content: Any) -> bool:
+        """Tell rank 0, or from rank 0 all others, something that may be lost; False where it surely is.
+
+        Args:
+            content: what JSON can say.
+        Ranks: local. Never waits.
+        """
+        if self._closing or not self._peers or len(self._messages) >= MAX_RECORDS:
+            return False
+        self._messages.append((topic, content))
         self._wake(b"r")
         return True
 
@@ -190,6 +225,7 @@ class Lifeline:
 
     def _connect(self) -> None:
         told = json.loads(self._store.get("lifeline"))
+        self._nonce = told["nonce"]
         addresses = ["127.0.0.1"] if told["machine"] == machine() else told["addresses"]
         for address in addresses:
             with contextlib.suppress(OSError):
@@ -283,6 +319,8 @@ class Lifeline:
                 self._learn(RankFailure(**told["first"]))
             elif "record" in told:
                 self._on_record({**told["record"], "rank": peer.rank})
+            elif "topic" in told:
+                self._on_message(peer.rank or 0, str(told["topic"]), told["content"])
             elif "failed" in told:
                 self._spread()
             elif "bye" in told:
@@ -339,6 +377,11 @@ class Lifeline:
                     self._send(connection, {"first": asdict(failure)})
 
     def _send_records(self) -> None:
+        while self._messages:
+            topic, content = self._messages.popleft()
+            for connection, peer in list(self._peers.items()):
+                if peer.rank is not None and len(peer.out) < _MAX_WAITING_BYTES:
+                    self._send(connection, {"topic": topic, "content": content})
         for connection, peer in list(self._peers.items()):
             # As fast as rank 0 reads, so that news of a failure never stands behind a flood of records.
             while self._records and len(peer.out) < _MAX_WAITING_BYTES:

@@ -21,7 +21,7 @@ from rankwise.group import Connection, end_session, place_in_group, tell_contrad
 from rankwise.identity import Identity
 from rankwise.parent import end_with_parent
 from rankwise.rundir import RunFile, cannot_write
-from rankwise.waiting import FIRST_FAILURE_SECONDS, is_lost_connection
+from rankwise.waiting import FIRST_FAILURE_SECONDS, TIMEOUT_SECONDS, is_lost_connection
 
 _logger = logs.get_logger(__name__)
 _open_session: Session | None = None
@@ -34,12 +34,16 @@ class Session:
         identity: this process's place in the job.
         device: where it computes.
         run_dir: where the run writes, or None.
+        timeout_seconds: how long a rank waits for the others in a collective.
     """
 
-    def __init__(self, identity: Identity, device: torch.device, run_dir: Path | None) -> None:
+    def __init__(
+        self, identity: Identity, device: torch.device, run_dir: Path | None, timeout_seconds: float = TIMEOUT_SECONDS
+    ) -> None:
         self.identity = identity
         self.device = device
         self.run_dir = run_dir
+        self.timeout_seconds = timeout_seconds
         self._stop_requested = False
         self._is_terminated = False
         self._failed = False
@@ -81,6 +85,32 @@ class Session:
         Ranks: local.
         """
         return self._connection.first_failure(timeout_seconds) if self._connection is not None else None
+
+    def note_hang(self, failure: RankFailure, *, only_here: bool = False) -> None:
+        """Let a rank that hangs be the first failure of the job: what waits in our collectives raises it.
+
+        Args:
+            only_here: the main process does not answer, so this rank alone takes it for that.
+        Ranks: local.
+        """
+        if self._connection is not None:
+            self._connection.learn(failure) if only_here else self._connection.note(failure)
+
+    def flush_logs(self) -> None:
+        """Bring the log file and the console up to date.
+
+        Ranks: local.
+        """
+        if self._logs is not None:
+            self._logs.flush()
+
+    @property
+    def token(self) -> str:
+        """A name of this session, the same on all ranks; empty at world size 1.
+
+        Ranks: local.
+        """
+        return self._connection.token if self._connection is not None else ""
 
     def _surface(self, error: BaseException) -> RankFailedError | None:
         """Tell the others of this rank's error, or learn whose failure caused it, and settle who prints what."""
@@ -137,7 +167,7 @@ def init(
     run_dir: str | os.PathLike[str] | None = None,
     *,
     device_type: str | None = None,
-    timeout_seconds: float = 600.0,
+    timeout_seconds: float = TIMEOUT_SECONDS,
     backend: str | None = None,
     make_group: bool = False,
     share_devices: bool = False,
@@ -187,7 +217,7 @@ def init(
     except LaunchError as error:
         tell_contradiction(error, os.environ)
         raise
-    session = Session(identity, torch.device("cpu"), Path(run_dir) if run_dir is not None else None)
+    session = Session(identity, torch.device("cpu"), Path(run_dir) if run_dir is not None else None, timeout_seconds)
     run_file = RunFile(session.run_dir) if session.run_dir is not None else None
     connection = Connection(lambda: session.stop_requested, timedelta(seconds=timeout_seconds))
     session._connection = connection

@@ -250,7 +250,8 @@ class Link:
     def _at(self, what: str) -> Any:
         self._what, self._waiting, self._since = what, True, time.monotonic()
         try:
-            yield
+            with _observed(what):
+                yield
         finally:
             self._waiting, self._since = False, time.monotonic()
 
@@ -355,6 +356,16 @@ class NodeChannel:
 
 _bare = Link()
 _link: Link | None = None
+_observed: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+
+def observe_waiting(observer: Callable[[str], contextlib.AbstractContextManager[Any]] | None) -> None:
+    """Have `observer(what)` entered around whatever this rank does together with others by our collectives.
+
+    Ranks: local; the observer must not raise. None takes it back.
+    """
+    global _observed
+    _observed = observer or contextlib.nullcontext
 
 
 def link() -> Link:

@@ -3,12 +3,14 @@
 import importlib
 import json
 import os
+import queue
 import signal
 import socket
 import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,6 +22,7 @@ from rankwise import collectives, group, rollcall, waiting
 from rankwise import session as session_module
 from rankwise import store as store_module
 from rankwise.errors import DeviceError, LaunchError, RankFailedError, RankwiseError
+from rankwise.group import listen, tell_main, tell_others
 from rankwise.testing import on_ranks
 
 
@@ -274,3 +277,30 @@ def test_side_channels_never_wait_for_each_other() -> None:
             store.set(f"key-{session.identity.rank}", "value")
         assert time.monotonic() - start < 1.5
         waiting_thread.join()
+
+
+@on_ranks(2)
+def test_listeners_hear_messages_in_both_directions_and_may_break() -> None:
+    heard: queue.Queue[tuple[int, Any]] = queue.Queue()
+
+    def listener(rank: int, content: Any) -> None:
+        heard.put((rank, content))
+        raise RuntimeError("a listener that breaks")
+
+    with rankwise.init() as session:
+        rank = session.identity.rank
+        forget = listen("greeting", listener)
+        rankwise.barrier()
+        assert tell_main("greeting", f"from {rank}")
+        if rank == 0:
+            told = sorted(heard.get(timeout=30) for _ in range(2))
+            assert told == [(0, "from 0"), (1, "from 1")]
+            assert tell_others("greeting", "to all")
+        else:
+            assert heard.get(timeout=30) == (0, "to all")
+        forget()
+        rankwise.barrier()
+        tell_main("greeting", "nobody listens")
+        rankwise.barrier()
+        assert heard.empty()
+    assert not tell_main("greeting", "nobody is there")

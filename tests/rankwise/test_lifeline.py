@@ -50,10 +50,17 @@ class Job:
         self.num_ranks = num_ranks
         self.told: dict[int, list[RankFailure]] = {}
         self.lifelines: list[Lifeline] = []
+        self.messages: list[tuple[int, int, str, Any]] = []
+        """Who heard what from whom."""
 
     def open(self, rank: int, doing: Callable[[], str] = lambda: "{}") -> Lifeline:
         told = self.told[rank] = []
-        opened = Lifeline(self.store, rank_of(self.num_ranks, rank), True, doing, told.append)
+
+        def hear(sender: int, topic: str, content: Any) -> None:
+            self.messages.append((rank, sender, topic, content))
+
+        place = rank_of(self.num_ranks, rank)
+        opened = Lifeline(self.store, place, True, doing, told.append, on_message=hear)
         self.lifelines.append(opened)
         return opened
 
@@ -486,3 +493,40 @@ def test_records_after_rank_0_is_gone_come_back(job: Job) -> None:
     other._records.append({"number": 2})  # handed over a moment before
     other.close(0.0)
     assert came_back == [{"number": 2}]
+
+
+def test_messages_go_to_rank_0_and_from_it_to_all_others(job: Job) -> None:
+    main, *others = (job.open(rank) for rank in range(3))
+    assert comes_true(lambda: len([peer for peer in main._peers.values() if peer.rank is not None]) == 2)
+    assert others[0].send_message("steps", [1, 2.5])
+    assert others[1].send_message("steps", {"rank": "two"})
+    assert comes_true(lambda: len(job.messages) == 2)
+    assert sorted(job.messages) == [(0, 1, "steps", [1, 2.5]), (0, 2, "steps", {"rank": "two"})]
+    assert main.send_message("dump", None)
+    assert comes_true(lambda: len(job.messages) == 4)
+    assert sorted(job.messages[2:]) == [(1, 0, "dump", None), (2, 0, "dump", None)]
+
+
+def test_message_is_refused_where_nobody_can_hear_it(job: Job) -> None:
+    main = job.open(0)
+    assert not main.send_message("dump", None)
+    one = job.open(1)
+    one.close(0.0)
+    assert not one.send_message("steps", 1)
+
+
+def test_all_ranks_know_their_session_by_one_name_that_is_not_its_secret(job: Job) -> None:
+    tokens = {job.open(rank).token for rank in range(3)}
+    assert len(tokens) == 1
+    assert json.loads(job.store.get("lifeline"))["nonce"] not in tokens.pop()
+
+
+def test_failure_that_rank_0_cannot_tell_is_learned_alone_and_the_first_stays(job: Job) -> None:
+    main, one, two = (job.open(rank) for rank in range(3))
+    hang = RankFailure(0, "here", "Hang", "no progress")
+    one.learn(hang)
+    one.learn(RankFailure(2, "here", "ValueError", "later"))
+    assert one.heard.is_set()
+    assert one.first_failure == hang
+    assert main.first_failure is None
+    assert two.first_failure is None

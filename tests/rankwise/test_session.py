@@ -18,7 +18,7 @@ import torch.distributed as dist
 import rankwise
 from rankwise import collectives
 from rankwise import session as session_module
-from rankwise.errors import RankFailedError, RankwiseError
+from rankwise.errors import RankFailedError, RankFailure, RankwiseError
 from rankwise.group import at_session_end
 from rankwise.testing import on_ranks
 
@@ -308,3 +308,25 @@ def test_missing_rank_is_an_error_when_the_time_is_up(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "MissingRanksError: 1 of 2 ranks started within 1 s; missing: rank 1" in done.stderr
     assert time.monotonic() - start < 30
+
+
+def test_session_tells_how_long_it_waits() -> None:
+    with rankwise.init(device_type="cpu", timeout_seconds=12.5) as session:
+        assert session.timeout_seconds == 12.5
+        assert session.token == ""  # nobody else is in it
+
+
+def meet_until_one_hangs(hang: RankFailure) -> None:
+    with rankwise.init() as session:
+        assert len(set(rankwise.gather_objects(session.token))) == 1
+        if session.identity.is_main_process:
+            session.note_hang(hang)
+        while True:
+            rankwise.barrier()
+
+
+@on_ranks(2)
+def test_hang_of_another_rank_is_a_failure_that_collectives_raise() -> None:
+    hang = RankFailure(1, "there", "Hang", "it made no progress")
+    with pytest.raises(RankFailedError, match=r"rank 1 \(there\) failed first: Hang: it made no progress"):
+        meet_until_one_hangs(hang)

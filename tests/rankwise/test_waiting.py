@@ -1,5 +1,6 @@
 """A rank that waits hears who failed, who has left, and who lacks and where it is."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -7,6 +8,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +22,7 @@ from rankwise import lifeline, testing, waiting
 from rankwise.errors import LOST, MissingRanksError, RankFailedError, RankFailure, RankwiseError
 from rankwise.identity import Identity
 from rankwise.testing import RankProcesses, on_ranks
-from rankwise.waiting import Link, is_lost_connection, link
+from rankwise.waiting import Link, is_lost_connection, link, observe_waiting
 
 
 def identity_of(rank: int, world_size: int = 3) -> Identity:
@@ -396,3 +398,25 @@ def test_error_in_a_chain_is_known_as_a_lost_connection() -> None:
     assert is_lost_connection(wrapped)
     assert not is_lost_connection(RuntimeError("shape mismatch"))
     assert not is_lost_connection(ValueError("Connection closed by peer"))
+
+
+@on_ranks(2)
+def test_observer_is_entered_around_each_collective() -> None:
+    seen: list[str] = []
+
+    @contextlib.contextmanager
+    def observer(what: str) -> Iterator[None]:
+        seen.append(f"in {what}")
+        yield
+        seen.append(f"out {what}")
+
+    with rankwise.init():
+        observe_waiting(observer)
+        rankwise.barrier("lunch")
+        assert rankwise.agree(False) is False
+        observe_waiting(None)
+        rankwise.barrier("tea")
+    assert len(seen) == 4
+    assert "lunch" in seen[0]
+    assert seen[1] == seen[0].replace("in ", "out ", 1)
+    assert not any("tea" in line for line in seen)
