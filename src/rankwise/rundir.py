@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from rankwise import collectives, logs
+from rankwise.device import device_uuid
 from rankwise.errors import RankwiseError
 from rankwise.files import write_atomic
 from rankwise.identity import Identity
@@ -70,6 +71,8 @@ class RunFile:
                 "pid": os.getpid(),
                 "process": launcher_token(),
                 "device": str(device),
+                "device_name": _device_name(device),
+                "device_uuid": device_uuid(device),
             }
         )
 
@@ -122,6 +125,16 @@ def cannot_write(error: OSError) -> RankwiseError:
         f"cannot write {error.filename or 'the run directory'}: {error.strerror or error}. "
         "Choose a run directory that this process can write, on a disk with room."
     )
+
+
+def _device_name(device: torch.device) -> str | None:
+    """The product that `device` is, None for the CPU and where torch does not know it."""
+    if device.type == "cpu":
+        return None
+    try:
+        return str(torch.get_device_module(device).get_device_name(device))
+    except (AttributeError, AssertionError, RuntimeError):
+        return None
 
 
 def _now() -> str:

@@ -5,11 +5,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import rankwise
 from rankwise.errors import RankFailedError, RankwiseError
+from rankwise.identity import Identity
+from rankwise.rundir import RunFile
 from rankwise.testing import on_ranks
 
 HOLD = """
@@ -70,6 +74,28 @@ def test_directory_of_a_killed_job_is_taken(tmp_path: Path) -> None:
         process.wait()
     with rankwise.init(tmp_path):
         assert "ended" not in json.loads((tmp_path / "run.json").read_text())
+
+
+def test_row_of_a_rank_names_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="NVIDIA H100", uuid="8932f937-d72c-4106-c12f-20bd9faed9f6")
+    module = SimpleNamespace(
+        get_device_properties=lambda index: properties, get_device_name=lambda device: "NVIDIA H100"
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    identity = Identity.resolve({}, hostname="node-a")
+    RunFile(tmp_path).write(identity, torch.device("cuda", 2))
+    (row,) = json.loads((tmp_path / "run.json").read_text())["ranks"]
+    assert row["device"] == "cuda:2"
+    assert row["device_name"] == "NVIDIA H100"
+    assert row["device_uuid"] == "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"
+
+
+def test_device_without_names_is_written_without_them(tmp_path: Path) -> None:
+    with rankwise.init(tmp_path, device_type="cpu"):
+        (row,) = json.loads((tmp_path / "run.json").read_text())["ranks"]
+    assert (row["device"], row["device_name"], row["device_uuid"]) == ("cpu", None, None)
 
 
 @on_ranks(2)
