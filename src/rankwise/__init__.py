@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from rankwise.files import fsync_directory, write_atomic
     from rankwise.identity import Identity
     from rankwise.logs import console, get_logger
+    from rankwise.monitor import Monitor
     from rankwise.parent import end_with_parent
     from rankwise.seed import RngState, same_on_every_rank, seed_all
     from rankwise.session import Session, init
@@ -59,6 +60,7 @@ _HOMES = {
     "Identity": "identity",
     "LaunchError": "errors",
     "MissingRanksError": "errors",
+    "Monitor": "monitor",
     "PerRank": "checkpoint",
     "RankFailedError": "errors",
     "RankFailure": "errors",
@@ -104,6 +106,7 @@ __all__ = [
     "Identity",
     "LaunchError",
     "MissingRanksError",
+    "Monitor",
     "PerRank",
     "RankFailedError",
     "RankFailure",
