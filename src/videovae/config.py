@@ -27,6 +27,10 @@ FREE_ON_RESUME = frozenset(
         "on_save_failure",
         "resume",
         "timeout_seconds",
+        "trackers",
+        "monitor.hang_timeout_seconds",
+        "monitor.on_hang",
+        "monitor.prometheus_port",
         "clips.num_workers",
         "clips.max_failed_fraction",
         "loss.perceptual_weights",
@@ -36,6 +40,28 @@ FREE_ON_RESUME = frozenset(
 
 MAX_TIMEOUT_SECONDS = 7 * 24 * 3600.0
 VIDEO_CHANNELS = 3
+NUM_PORTS = 2**16
+TRACKERS = ("wandb", "mlflow")
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """Who speaks up when a rank is stuck, and who may look on."""
+
+    hang_timeout_seconds: float | None = None
+    """Without a sign of progress a rank counts as stuck after so long; none learns it from the run's own steps."""
+    on_hang: Literal["tell", "end"] = "tell"
+    """What becomes of a run of which a rank is stuck: it says which, or it says so and ends."""
+    prometheus_port: int | None = None
+    """Serve what is measured on this port of the loopback address, plus the local rank; none serves nothing."""
+
+    def __post_init__(self) -> None:
+        if self.hang_timeout_seconds is not None and not self.hang_timeout_seconds > 0:
+            raise ConfigError(
+                f"monitor.hang_timeout_seconds is {self.hang_timeout_seconds}; give more than 0, or none."
+            )
+        if self.prometheus_port is not None and not 0 < self.prometheus_port < NUM_PORTS:
+            raise ConfigError(f"monitor.prometheus_port is {self.prometheus_port}; give 1 to {NUM_PORTS - 1}, or none.")
 
 
 @dataclass(frozen=True)
@@ -65,6 +91,8 @@ class TrainConfig:
     """Train on while a checkpoint is written, once it is copied to memory; at most one is under way."""
     on_save_failure: Literal["raise", "warn"] = "raise"
     """What becomes of a run whose checkpoint cannot be written: it ends, or it goes on and says so."""
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Where else the losses go, besides the run folder and TensorBoard: their own variables name server and account."""
     resume: str = "auto"
     """`auto`: go on from the newest checkpoint of the run folder, if any. `never`: refuse a run folder that has one.
     Else the path of a checkpoint or of a run folder to start from."""
@@ -85,6 +113,8 @@ class TrainConfig:
     """What the autoencoder is trained for."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Both optimizers and their schedule."""
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    """What is told of slow and stuck ranks, and to whom."""
     clips: ClipsConfig = field(default_factory=lambda: ClipsConfig(num_frames=25, height=256, width=256))
     """How clips are cut from the videos."""
 
@@ -98,6 +128,9 @@ class TrainConfig:
             raise ConfigError(f"num_steps is {self.num_steps}, but it counts steps: give 0 or more.")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay is {self.ema_decay}, but it is a share: give at least 0 and less than 1.")
+        unknown = sorted(set(self.trackers) - set(TRACKERS))
+        if unknown:
+            raise ConfigError(f"trackers names {', '.join(unknown)}; give some of {', '.join(TRACKERS)}, or none.")
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; give 0 or more.")
         if not 0 < self.timeout_seconds <= MAX_TIMEOUT_SECONDS:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from rankwise import monitor
 from videovae.config import TrainConfig
 from videovae.losses import (
     ReconstructionTerms,
@@ -38,19 +39,22 @@ def generator_step(batches: Sequence[Float[Tensor, "b c t h w"]], state: TrainSt
     means: dict[str, Tensor] = {}
     for x, reduced in _last_reduced(batches, state.parallel_vae):
         with reduced:
-            terms, adversarial = generator_losses(state.parallel_vae, x, state, config)
-            loss = terms.nll + config.loss.kl_weight * terms.kl + config.loss.wavelet_weight * terms.wavelet
+            with monitor.phase("forward"):
+                terms, adversarial = generator_losses(state.parallel_vae, x, state, config)
+                loss = terms.nll + config.loss.kl_weight * terms.kl + config.loss.wavelet_weight * terms.wavelet
             parts = {"nll": terms.nll, "kl": terms.kl, "wavelet": terms.wavelet}
-            if adversarial is not None:
-                if weight is None:
-                    weight = weigh([last_layer_gradients(terms.nll, adversarial, state)], config)
-                loss = loss + weight * adversarial
-                parts["adversarial"] = adversarial
-            _add_share(means, parts | {"generator": loss}, len(batches))
-            state.vae_scaler.scale(loss / len(batches)).backward()  # type: ignore[no-untyped-call]
+            with monitor.phase("backward"):
+                if adversarial is not None:
+                    if weight is None:
+                        weight = weigh([last_layer_gradients(terms.nll, adversarial, state)], config)
+                    loss = loss + weight * adversarial
+                    parts["adversarial"] = adversarial
+                _add_share(means, parts | {"generator": loss}, len(batches))
+                state.vae_scaler.scale(loss / len(batches)).backward()  # type: ignore[no-untyped-call]
     state.losses |= means if weight is None else means | {"adversarial_weight": weight}
     _finish(state.vae, state.vae_optimizer, state.vae_scaler, config.optimizer.max_grad_norm)
-    state.ema.update(state.vae)
+    with monitor.phase("optimizer"):
+        state.ema.update(state.vae)
     state.discriminator.requires_grad_(True)
 
 
@@ -73,6 +77,7 @@ def generator_losses(
     return terms, adversarial
 
 
+@monitor.phase("forward")
 def weigh_beforehand(
     batches: Sequence[Float[Tensor, "b c t h w"]], state: TrainState, config: TrainConfig
 ) -> Float[Tensor, ""]:
@@ -120,7 +125,8 @@ def weigh(gradients: Sequence[Float[Tensor, "2 ..."]], config: TrainConfig) -> F
     """
     pair = torch.stack(list(gradients)).mean(0)
     if dist.is_initialized():
-        dist.all_reduce(pair)
+        with monitor.phase("communication"):
+            dist.all_reduce(pair)
         pair /= dist.get_world_size()
     return adaptive_weight(pair[0], pair[1], config.loss.disc_weight)
 
@@ -136,14 +142,16 @@ def discriminator_step(batches: Sequence[Float[Tensor, "b c t h w"]], state: Tra
     _begin(state.discriminator_optimizer, rate)
     means: dict[str, Tensor] = {}
     for x, reduced in _last_reduced(batches, state.parallel_discriminator):
-        with torch.no_grad(), autocast(x.device, config.precision):
+        with monitor.phase("forward"), torch.no_grad(), autocast(x.device, config.precision):
             recon = state.vae(x).recon
         with reduced:
-            with autocast(x.device, config.precision):
-                logits_real, logits_fake = state.parallel_discriminator(x, recon)
-            loss = discriminator_loss(logits_real, logits_fake, config.loss.disc_loss)
+            with monitor.phase("forward"):
+                with autocast(x.device, config.precision):
+                    logits_real, logits_fake = state.parallel_discriminator(x, recon)
+                loss = discriminator_loss(logits_real, logits_fake, config.loss.disc_loss)
             _add_share(means, {"discriminator": loss}, len(batches))
-            state.discriminator_scaler.scale(loss / len(batches)).backward()  # type: ignore[no-untyped-call]
+            with monitor.phase("backward"):
+                state.discriminator_scaler.scale(loss / len(batches)).backward()  # type: ignore[no-untyped-call]
     state.losses |= means
     _finish(
         state.discriminator,
@@ -175,6 +183,7 @@ def _begin(optimizer: torch.optim.Optimizer, rate: float) -> None:
     optimizer.zero_grad()
 
 
+@monitor.phase("optimizer")
 def _finish(
     module: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, max_grad_norm: float | None
 ) -> None:

@@ -1,35 +1,37 @@
 """Where a run's numbers go: a JSON line per logged step, TensorBoard, and one progress line on the console."""
 
-import errno
-import itertools
-import json
-import math
 import os
-import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from jaxtyping import UInt8
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 from torch import Tensor
-from torch.utils.tensorboard.writer import SummaryWriter
 
 from rankwise import get_logger
+from rankwise.monitor import trackers
+from rankwise.monitor.guard import Guarded, close_all
+from rankwise.monitor.metrics import MetricsFile
+from videovae.config import TrainConfig
 
 logger = get_logger(__name__)
 
 
 class Tracker:
-    """Writes what was measured at a step under the run folder. The main process has the only one.
+    """Writes what was measured at a step under the run folder, and passes it on. The main process has the only one.
 
     A resumed run appends: where `metrics/rank-00000.jsonl` holds a step twice, the later line counts. What cannot be
     written (a full disk, say) is dropped, and the log says so once: training goes on, and the next checkpoint decides.
+    TensorBoard and the others work on threads of their own, and nobody waits for them.
 
+    Args:
+        others: where else the values go; see `rankwise.monitor.trackers`.
     Ranks: main process only.
     """
 
@@ -50,92 +52,50 @@ class Tracker:
             purge_step = first_step + 1 if first_step else 0
             # rankwise: ignore[RW302] train() makes this object on the main process alone
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+    def __init__(self, run_dir: Path, first_step: int, others: Sequence[trackers.Tracker] = ()) -> None:
+        self._file = MetricsFile(run_dir, first_step)
+        board = trackers.tensorboard(run_dir / "tensorboard", first_step=first_step)
+        self._others = [Guarded(tracker) for tracker in (board, *others)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        close_all(self._others, failed=error is not None)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Keep the values of one step; those that are no finite numbers are null in the file."""
-        row = {"step": step, "time": time.time(), **values}
-        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        with self._tolerated():
-            append_line(self._path, json.dumps(finite, allow_nan=False))
-        with self._tolerated(), self._board_or_none() as board:
-            for name, value in values.items():
-                if board:
-                    board.add_scalar(name, value, step)
+        self._file.write(step, values)
+        for tracker in self._others:
+            tracker.log(step, values)
 
     def clip(self, step: int, name: str, frames: UInt8[Tensor, "t h w c"]) -> None:
-        """Show one row of frames in TensorBoard."""
-        sheet = frames.permute(1, 0, 2, 3).flatten(1, 2)
-        with self._tolerated(), self._board_or_none() as board:
-            if board:
-                board.add_image(name, sheet, step, dataformats="HWC")
+        """Show one row of frames where pictures are shown."""
+        sheet = frames.permute(1, 0, 2, 3).flatten(1, 2).numpy(force=True)
+        for tracker in self._others:
+            tracker.image(step, name, sheet)
 
     def close(self) -> None:
-        with self._tolerated():
-            if self._board:
-                self._board.close()
-        threading.excepthook = self._thread_hook
-
-    def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
-        if isinstance(args.exc_value, OSError):
-            self._warn(args.exc_value)
-        else:
-            self._thread_hook(args)
-
-    def _warn(self, error: OSError) -> None:
-        if not self._failed:
-            logger.warning(f"metrics are no longer complete: {error}")
-        self._failed = True
-
-    @contextmanager
-    def _board_or_none(self) -> Iterator[SummaryWriter | None]:
-        """TensorBoard's writer; once its thread has failed it fails for good, and is given up."""
-        try:
-            yield self._board
-        except OSError:
-            self._board = None
-            raise
-
-    @contextmanager
-    def _tolerated(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self._warn(error)
+        """Give the others a few seconds for what they have not written yet."""
+        close_all(self._others)
 
 
-def append_line(path: Path, line: str) -> None:
-    """Add one line to a file, whole or not at all.
+def build_trackers(config: TrainConfig) -> list[trackers.Tracker]:
+    """What `config.trackers` names. Servers, accounts and projects come from the libraries' own variables.
 
-    Raises:
-        OSError: it cannot be written; what was there is unchanged.
-    Ranks: local; no two ranks may write one path.
+    Ranks: local; nothing is connected to.
     """
-    content = (line + "\n").encode()
-    with path.open("ab", buffering=0) as lines:
-        size = lines.tell()
-        try:
-            if lines.write(content) != len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        except OSError:
-            with suppress(OSError):
-                lines.truncate(size)
-            raise
-
-
-def _set_aside(path: Path) -> None:
-    """Keep the lines of an earlier run that left no checkpoint, but not among those of this one."""
-    if path.exists() and path.stat().st_size:
-        numbers = (number for number in itertools.count(1) if not path.with_suffix(f".jsonl.{number}").exists())
-        path.rename(path.with_suffix(f".jsonl.{next(numbers)}"))
-
-
-def _end_last_line(path: Path) -> None:
-    """A killed run may have left half a line; what follows must not be glued to it."""
-    if path.exists() and path.stat().st_size:
-        with path.open("rb+") as lines:
-            lines.seek(-1, os.SEEK_END)
-            if lines.read() != b"\n":
-                lines.write(b"\n")
+    name = config.run_dir.name
+    built = []
+    for tracker in config.trackers:
+        if tracker == "wandb":
+            project = os.environ.get("WANDB_PROJECT", "videovae")
+            built.append(trackers.wandb(project, folder=config.run_dir, name=name, config=config.to_dict()))
+        else:
+            built.append(trackers.mlflow(os.environ.get("MLFLOW_EXPERIMENT_NAME", "videovae"), run_name=name))
+    return built
 
 
 class ProgressLine:

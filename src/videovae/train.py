@@ -9,7 +9,7 @@ import torch
 import rankwise
 from rankwise.checkpoint import CheckpointManager
 from rankwise.files import write_atomic
-from videovae.config import TrainConfig, fixed_settings
+from videovae.config import MonitorConfig, TrainConfig, fixed_settings
 from videovae.data.index import check_failures, heldout_ranges
 from videovae.data.video import to_model_range
 from videovae.errors import DataError, DivergedError, RunDirError
@@ -18,7 +18,7 @@ from videovae.losses import is_discriminator_step
 from videovae.resume import choose_checkpoint, restore
 from videovae.state import TrainState, build_state, check_precision
 from videovae.steps import discriminator_step, generator_step
-from videovae.tracking import ProgressLine, Tracker
+from videovae.tracking import ProgressLine, Tracker, build_trackers
 from videovae.videos import open_videos
 from videovae.weights import start_from
 
@@ -80,12 +80,14 @@ def train(config: TrainConfig) -> int:
             start_from(config.init_from, state)
         saved_step = state.step if origin and origin.is_own else None
         rankwise.on_main_process(write_config, config)
+        monitor = stack.enter_context(build_monitor(session, state, config.monitor))
         reported = set(state.loader.failures)
         num_clips = config.clips.batch_size * config.accumulate * identity.world_size
         if is_main:
-            tracker = stack.enter_context(closing(Tracker(config.run_dir, state.step)))
+            tracker = stack.enter_context(Tracker(config.run_dir, state.step, build_trackers(config)))
             progress = stack.enter_context(closing(ProgressLine(config.num_steps, state.step, rankwise.console())))
 
+        @monitor.phase("validation")
         def measure_quality() -> None:
             """Held-out PSNR with the raw and the averaged weights. Every rank must call."""
             # A run that is stopped is evaluated once more, and must go on to the same numbers.
@@ -101,6 +103,7 @@ def train(config: TrainConfig) -> int:
                 )
                 progress.skip_pause()
 
+        @monitor.phase("checkpoint")
         def save() -> None:
             """Every rank copies its part; the checkpoint appears when all have written theirs."""
             nonlocal saved_step
@@ -114,8 +117,9 @@ def train(config: TrainConfig) -> int:
         if state.step == 0 and not stopped:
             measure_quality()
         while state.step < config.num_steps and not (stopped := session.agree_to_stop()):
-            clips = [next(state.loader).video for _ in range(config.accumulate)]
-            batches = [to_model_range(video.to(device, non_blocking=True)) for video in clips]
+            with monitor.phase("data"):
+                clips = [next(state.loader).video for _ in range(config.accumulate)]
+                batches = [to_model_range(video.to(device, non_blocking=True)) for video in clips]
             if is_discriminator_step(state.step, config.loss.disc_start):
                 discriminator_step(batches, state, config)
             else:
@@ -137,6 +141,7 @@ def train(config: TrainConfig) -> int:
                 measure_quality()
             if _due(state.step, config.save_every, config.num_steps):
                 save()
+            monitor.step(state.step)
 
         if saved_step != state.step and not (stopped and state.step == 0):
             save()
@@ -145,6 +150,25 @@ def train(config: TrainConfig) -> int:
         elif is_main and heldout:
             write_samples(state, heldout, config, device)
         return state.step
+
+
+def build_monitor(session: rankwise.Session, state: TrainState, config: MonitorConfig) -> rankwise.Monitor:
+    """What tells where each rank's time goes, and which rank is slow or stuck.
+
+    Raises:
+        RankwiseError: a setting cannot be used.
+    Ranks: every rank must call.
+    """
+    monitor = rankwise.Monitor(
+        session,
+        step=state.step,
+        hang_timeout_seconds=config.hang_timeout_seconds,
+        on_hang=config.on_hang,
+        prometheus_port=config.prometheus_port,
+    )
+    if session.identity.world_size > 1:
+        monitor.watch(state.parallel_vae, state.parallel_discriminator)
+    return monitor
 
 
 def share_losses(state: TrainState, config: TrainConfig) -> dict[str, float]:
