@@ -1,4 +1,5 @@
 """The `rankwise` command: `run`, `whoami`, `doctor`, `check`, `logs`, `ckpt`, `env`."""
+"""The `rankwise` command: `run`, `whoami`, `doctor`, `logs`, `top`, `report`, `ckpt`, `env`."""
 
 import importlib
 import sys
@@ -13,6 +14,8 @@ whoami   what this process is, and which variable says so; run it under your lau
 doctor   look for trouble before the job starts, on all ranks together:  srun rankwise doctor
 check    find rank mistakes in training code, which is read and never run:  rankwise check src
 logs     the records of all ranks by time, equal lines as one:  rankwise logs RUN --level warning --follow
+top      what every rank does now, a live table:  rankwise top RUN [--once | --json]
+report   a run as one HTML file: losses, step times, phases, devices, stragglers, hangs:  rankwise report RUN -o FILE
 ckpt     look at checkpoints, verify, compare, prune, convert them:  rankwise ckpt ls|verify|diff|prune|convert RUN
 env      print a ready job file for a command:  rankwise env slurm|kubernetes|ray [options] -- COMMAND
 
@@ -24,6 +27,8 @@ _VERBS = {
     "doctor": "doctor",
     "check": "check.cli",
     "logs": "logreader",
+    "top": "top",
+    "report": "report",
     "ckpt": "ckpt",
     "env": "jobfiles",
 }

@@ -124,7 +124,13 @@ def let_go(kind: str, folder: Path, pid: int | None) -> None:
     ("kind", "culprit", "expected", "others"),
     [
         ("loop", 1, r"is in forward of step 6 \(test_monitor_watchdog\.py:\d+ in spin_until\)", "2 others wait in"),
-        ("loop", 0, r"is in forward of step 6 \(test_monitor_watchdog\.py:\d+ in spin_until\)", "2 others wait in"),
+        pytest.param(
+            "loop",
+            0,
+            r"is in forward of step 6 \(test_monitor_watchdog\.py:\d+ in spin_until\)",
+            "2 others wait in",
+            marks=pytest.mark.slow,
+        ),
         ("gil", 1, r"was last in \w+ of step \d, asleep in a call that lets no other thread of it run Python", ""),
         ("stop", 1, r"was last in \w+ of step \d, stopped by a signal", "the 2 others wait in communication"),
         (
@@ -168,7 +174,16 @@ def test_rank_that_hangs_is_named_in_one_line_with_stacks_until_it_goes_on(
     assert output.count(f"hang_over: rank {culprit} goes on after ") == 1, output
 
 
-@pytest.mark.parametrize(("kind", "culprit"), [("loop", 1), ("gil", 1), ("stop", 1), ("stop", 0), ("early", 1)])
+@pytest.mark.parametrize(
+    ("kind", "culprit"),
+    [
+        ("loop", 1),
+        pytest.param("gil", 1, marks=pytest.mark.slow),
+        pytest.param("stop", 1, marks=pytest.mark.slow),
+        ("stop", 0),
+        pytest.param("early", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_job_that_is_to_end_on_a_hang_ends_on_every_rank(tmp_path: Path, kind: str, culprit: int) -> None:
     with RankProcesses(train, NUM_RANKS, (tmp_path, kind, culprit, "end")) as ranks:
         assert wait_for(lambda: "no progress" in ranks.output()), ranks.output()
@@ -241,7 +256,9 @@ with rankwise.init(sys.argv[1], device_type="cpu") as session:
 @pytest.mark.parametrize(
     ("hang", "said"),
     [
-        ("time.sleep(600)", r"is in forward of step 6 \(script\.py:\d+ in <module>\)"),
+        pytest.param(
+            "time.sleep(600)", r"is in forward of step 6 \(script\.py:\d+ in <module>\)", marks=pytest.mark.slow
+        ),
         ("os.kill(os.getpid(), signal.SIGSTOP)", "was last in .+, stopped by a signal"),
     ],
 )
