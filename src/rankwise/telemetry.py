@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 TELEMETRY_FORMAT = 1
 """Version of these lines; each `start` line carries it."""
@@ -94,6 +94,20 @@ DEVICE_READINGS = {
 }
 """By name what it is; units end the names. GiB are 2**30 bytes."""
 
+ALARMING_REASONS = frozenset(
+    {
+        "board_limit",
+        "hardware",
+        "hardware_thermal",
+        "memory_thermal",
+        "power_brake",
+        "regulator_thermal",
+        "reliability",
+        "thermal",
+    }
+)
+"""Those of `throttle_reasons` that a healthy device in a healthy rack does not show; `power` is common at full load."""
+
 PROCESS_READINGS = {
     "cpu_percent": "of one core: 200 are two busy cores",
     "rss_gib": "resident memory",
@@ -131,6 +145,8 @@ class Event:
 
 Line = Start | Tick | End
 _KINDS: dict[str, type[Start] | type[Tick] | type[End]] = {"start": Start, "tick": Tick, "end": End}
+_MOST = 1e300
+"""What is beyond is no reading: it only makes sums overflow."""
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 
 
@@ -154,7 +170,10 @@ def to_json(line: Line | Event) -> str:
 
 
 def from_json(text: str | bytes) -> Line | None:
-    """The line, or None for what is none: half a line of a killed rank, or one of a later version.
+    """The line, or None for what is none: half a line of a killed rank, one of a later version, or a damaged one.
+
+    The step numbers, times, phase and readings of what is given are of their kind; single readings and durations may be
+    anything.
 
     Ranks: local.
     """
@@ -162,9 +181,10 @@ def from_json(text: str | bytes) -> Line | None:
         told = json.loads(text)
         kind = _KINDS[told.pop("is")]
         if kind is Tick and told.get("steps") is not None:
-            told["steps"] = Steps(**told["steps"])
+            told["steps"] = Steps(**{name: told["steps"][name] for name in Steps.__dataclass_fields__})
         known = kind.__dataclass_fields__
-        return kind(**{name: value for name, value in told.items() if name in known})
+        line = kind(**{name: value for name, value in told.items() if name in known})
+        return line if _is_sound(line) else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -196,6 +216,38 @@ def events_path(run_dir: Path, rank: int) -> Path:
     Ranks: local.
     """
     return run_dir / "events" / f"rank-{rank:05d}.jsonl"
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+    """Whether it is a number that counts: no bool, not infinite, and not too large for a float.
+
+    Ranks: local.
+    """
+    return isinstance(value, int | float) and type(value) is not bool and -_MOST < value < _MOST
+
+
+def is_step(value: object) -> TypeGuard[int]:
+    """Whether it can be the number of a step, or of a rank: what a float, and a page's script, can hold.
+
+    Ranks: local.
+    """
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _is_sound(line: Line) -> bool:
+    if not is_finite(line.time):
+        return False
+    if isinstance(line, Start):
+        return True
+    return is_step(line.step) and (
+        isinstance(line, End)
+        or (
+            (line.phase is None or type(line.phase) is str)
+            and is_finite(line.seconds)
+            and type(line.device) is dict
+            and type(line.process) is dict
+        )
+    )
 
 
 def _short(seconds: Sequence[float]) -> list[float]:

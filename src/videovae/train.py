@@ -148,7 +148,9 @@ def train(config: TrainConfig) -> int:
         if state.step < config.num_steps:
             logger.info(f"stopped at step {state.step}; the same command goes on from here", ranks="main")
         elif is_main and heldout:
-            write_samples(state, heldout, config, device)
+            # The others have left: a phase of its own, that nobody takes this for a step that does not end.
+            with monitor.phase("samples"):
+                write_samples(state, heldout, config, device)
         return state.step
 
 

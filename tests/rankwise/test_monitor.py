@@ -134,6 +134,27 @@ def test_a_monitor_that_nobody_closed_ends_with_its_session(tmp_path: Path) -> N
         pass
 
 
+@pytest.mark.parametrize(("num_phases", "is_told"), [(5, False), (60, True)])
+def test_phases_without_steps_are_told_of_at_the_end(
+    num_phases: int, is_told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    # A few are no mistake: an evaluation, in a run that has nothing left to train.
+    with rankwise.init() as session, rankwise.Monitor(session) as monitor:
+        for _ in range(num_phases):
+            with monitor.phase("forward"):
+                pass
+    assert ("monitor.step() was never called" in caplog.text) == is_told
+
+
+def test_one_step_is_enough_to_be_told_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with rankwise.init() as session, rankwise.Monitor(session) as monitor:
+        monitor.step()
+        for _ in range(60):
+            with monitor.phase("forward"):
+                pass
+    assert "never called" not in caplog.text
+
+
 def test_a_closed_monitor_does_nothing_more(tmp_path: Path) -> None:
     with rankwise.init(tmp_path) as session:
         monitor = Monitor(session)

@@ -103,3 +103,35 @@ def test_nothing_is_asked_or_noted_while_a_graph_is_captured() -> None:
     is_capturing = True
     assert clock.mark() is None
     assert not clock.is_reached(mark)
+
+
+def test_a_device_that_has_failed_gives_no_times_and_hides_no_error_of_the_training() -> None:
+    class Failed(Event):
+        def record(self, stream: Stream) -> None:
+            fail()
+
+        def query(self) -> bool:
+            return fail()
+
+        def elapsed_time(self, later: Event) -> float:
+            return fail()
+
+    def fail() -> bool:
+        raise RuntimeError("device-side assert triggered")
+
+    clock = DeviceClock(Failed, lambda: Stream("default"))
+    assert clock.mark() is None
+    assert clock.is_reached(Failed())
+    assert clock.seconds([Failed(), Failed()]) is None
+    clock = DeviceClock(Event, lambda: Stream("default"), fail)
+    assert clock.mark() is None
+    clock.follow()
+
+
+def test_a_device_that_fails_the_trial_is_measured_with_the_hosts_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capturing() -> bool:
+        raise RuntimeError("no capture here")
+
+    monkeypatch.setattr(clocks, "_device_clock", lambda device: DeviceClock(Event, lambda: Stream("x"), capturing))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
+    assert isinstance(make_clock(torch.device("cuda", 0)), HostClock)

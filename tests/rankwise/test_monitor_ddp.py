@@ -1,4 +1,6 @@
 import contextlib
+import copy
+import io
 import threading
 import time
 from dataclasses import dataclass
@@ -268,6 +270,25 @@ def test_closing_leaves_the_module_as_it_was() -> None:
     num_signs = timeline.position().number
     output.mean().backward()  # type: ignore[no-untyped-call]
     assert timeline.position().number == num_signs
+
+
+@on_ranks(1)
+def test_a_module_that_is_watched_is_copied_and_saved_as_ever_and_its_copies_are_not_measured() -> None:
+    ddp = make()
+    timeline = Timeline(HostClock())
+    DdpWaits(ddp, timeline)
+    file = io.BytesIO()
+    torch.save(ddp, file)
+    file.seek(0)
+    num_signs = timeline.position().number
+    for other in (copy.deepcopy(ddp), torch.load(file, weights_only=False)):
+        synced: list[Any] = []
+        other.__dict__["_sync_module_buffers"] = lambda *args, synced=synced, **kwargs: synced.append(args)
+        unpack(other(torch.randn(16, 32))).mean().backward()  # type: ignore[no-untyped-call]
+        assert len(synced) == 1  # its own buffers, not those of the module that it comes from
+        assert timeline.position().number == num_signs
+    unpack(ddp(torch.randn(16, 32))).mean().backward()  # type: ignore[no-untyped-call]
+    assert timeline.position().number > num_signs
 
 
 @on_ranks(1)

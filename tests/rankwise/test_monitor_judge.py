@@ -211,6 +211,19 @@ def test_without_a_run_directory_rank_one_speaks(rank: int, speaks: bool) -> Non
     assert [say for _, _, say in voice.declared] == [speaks]
 
 
+@pytest.mark.parametrize(("waits", "blamed"), [(False, 1), (True, 0)])
+def test_main_process_that_left_is_blamed_by_those_alone_that_wait(waits: bool, blamed: int) -> None:
+    voice = Voice(rank=1)
+    standin = StandIn(voice)
+    silent_main(standin, left=True)
+    act(standin, replace(stuck(1), waits=waits))
+    ((event, order, _),) = voice.declared
+    assert (event.ranks, order.causes, order.failure["rank"]) == ((blamed,), (blamed,), blamed)
+    assert event.details["idle_seconds"] > 60.0
+    assert ("left the loop" in event.message) is waits
+    assert event.message.split(": ", 1)[1].startswith(f"rank {blamed} ")
+
+
 def test_nobody_stands_in_for_a_main_process_that_beats_or_may_take_its_time(tmp_path: Path) -> None:
     voice = Voice(tmp_path, 1)
     standin = StandIn(voice)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rankwise.monitor.limits import FLOOR_SECONDS, NUM_KNOWN, STRETCHES, Limits
+from rankwise.monitor.limits import FLOOR_SECONDS, NUM_KNOWN, STRETCHES, UNCOVERED_SHARE, Limits
 
 
 def test_limit_that_is_set_is_that_of_every_phase() -> None:
@@ -48,12 +48,31 @@ def test_steps_are_learned_by_their_phases() -> None:
     for _ in range(NUM_KNOWN):
         limits.learn_step(45.0, {"forward": 40.0, "other": 5.0})
     assert limits.of("forward") == 120.0
-    assert limits.of(None) == 60.0
     assert limits.of("backward") == 600.0
 
 
 def test_steps_without_phases_are_learned_whole() -> None:
     limits = Limits(None, timeout_seconds=600.0)
     for _ in range(NUM_KNOWN):
-        limits.learn_step(40.0, {})
-    assert limits.of(None) == 120.0
+        limits.learn_step(150.0, {})
+    assert limits.of(None) == 450.0
+
+
+def test_outside_of_phases_the_limit_is_half_the_time_of_the_session_at_least() -> None:
+    limits = Limits(None, timeout_seconds=600.0)
+    for _ in range(NUM_KNOWN):
+        limits.learn_step(1.0, {"forward": 0.9, "other": 0.1})
+    assert limits.of("forward") == FLOOR_SECONDS
+    assert limits.of(None) == UNCOVERED_SHARE * 600.0 == 300.0
+
+
+def test_stretches_within_one_validation_do_not_make_it_known() -> None:
+    limits = Limits(None, timeout_seconds=600.0)
+    for _ in range(10 * NUM_KNOWN):
+        limits.note("validation", 1.0)
+        limits.note(None, 1.0)
+    assert limits.of("validation") == limits.of(None) == 600.0
+    limits.note("validation", 90.0)
+    for _ in range(NUM_KNOWN):
+        limits.learn("validation", 1.0)
+    assert limits.of("validation") == STRETCHES * 90.0

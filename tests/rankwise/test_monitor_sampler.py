@@ -205,10 +205,23 @@ def test_what_a_part_raises_is_told_once_and_the_thread_goes_on(
         timeline.step()
         sampler.close(failed=False)
     assert [record.getMessage() for record in caplog.records] == [
-        "the monitor cannot do all it should (monitor), training goes on"
+        "the monitor cannot do all it should (readings), training goes on"
     ]
     ticks = [line for line in lines_of(tmp_path) if isinstance(line, Tick)]
     assert ticks[-1].device == {"power_watts": 90.0}
+
+
+def test_what_cannot_judge_or_read_does_not_keep_steps_from_the_file(tmp_path: Path) -> None:
+    def fail(step: FinishedStep | None = None) -> None:
+        raise ValueError("no judge today")
+
+    timeline = Timeline(HostClock())
+    sampler = start(tmp_path, timeline, Sensor(OSError("the driver is gone")), on_step=fail, on_look=fail)
+    for _ in range(3):
+        timeline.step()
+    sampler.close(failed=False)
+    written = [line.steps for line in lines_of(tmp_path) if isinstance(line, Tick) and line.steps is not None]
+    assert sum(len(steps.seconds) for steps in written) == 3
 
 
 def test_the_exporter_gets_the_ticks_and_is_closed(tmp_path: Path) -> None:

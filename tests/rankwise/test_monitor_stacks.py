@@ -144,6 +144,14 @@ def test_timer_that_is_wound_up_in_time_writes_nothing_and_leaves_nothing(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_timer_takes_any_number_of_seconds(tmp_path: Path) -> None:
+    timer = HeldTimer(tmp_path / "hangs" / "held" / "rank-00000.txt")
+    try:
+        timer.wind(1e12)
+    finally:
+        timer.close()
+
+
 def test_timer_leaves_other_files_alone(tmp_path: Path) -> None:
     (tmp_path / "hangs" / "held").mkdir(parents=True)
     (tmp_path / "hangs" / "held" / "rank-00001.txt").touch()

@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 
+# They need `rankwise[trackers]`, some 180 MB, which `make test-all` installs and `make test` does not.
+pytestmark = pytest.mark.slow
+
 
 def require(package: str) -> None:
-    # Also in CI: it is in none of our extras, which would bring some 180 MB for each who runs the tests.
     if importlib.util.find_spec(package) is None:
-        pytest.skip(f"needs {package}; the stand-ins of test_monitor_trackers.py do without")
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"needs {package}, of rankwise[trackers]")
 
 
 def run_program(program: str, *, seconds: float = 100.0, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -65,3 +65,29 @@ def test_fields_of_a_later_version_are_passed_over() -> None:
 def test_paths_sort_by_rank() -> None:
     assert monitor_path(Path("run"), 7) == Path("run/monitor/rank-00007.jsonl")
     assert events_path(Path("run"), 10_239) == Path("run/events/rank-10239.jsonl")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"time": None},
+        {"time": math.inf},
+        {"time": 10**400},
+        {"step": -1},
+        {"step": 2**60},
+        {"step": True},
+        {"phase": ["data"]},
+        {"seconds": "long"},
+        {"seconds": math.nan},
+        {"device": []},
+        {"process": 5},
+    ],
+)
+def test_line_with_a_field_of_another_kind_is_none(change: dict[str, object]) -> None:
+    assert from_json(json.dumps(json.loads(to_json(TICK)) | change)) is None
+
+
+def test_fields_of_a_later_version_are_passed_over_within_steps_too() -> None:
+    told = json.loads(to_json(TICK))
+    told["steps"]["invented"] = 1
+    assert from_json(json.dumps(told)) == TICK

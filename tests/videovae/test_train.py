@@ -146,6 +146,22 @@ def test_run_directory_holds_what_its_contract_says(tiny: TrainConfig) -> None:
     assert (run_dir / "logs" / "rank-00000.jsonl").read_text().count("\n") > 3
 
 
+def test_samples_at_the_end_have_a_phase_of_their_own_that_no_step_has_taught_to_be_short(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases = []
+
+    def note(*args: Any) -> tuple[Path, Path]:
+        monitor = rankwise.monitor.current.get_open()
+        assert monitor is not None
+        phases.append(monitor.position().phase)
+        return tiny.run_dir, tiny.run_dir
+
+    monkeypatch.setattr("videovae.train.save_samples", note)
+    train(replace(tiny, num_steps=2))
+    assert phases == ["samples"]
+
+
 def test_a_run_that_diverges_ends_before_it_saves(tiny: TrainConfig) -> None:
     config = replace(tiny, log_every=1, optimizer=OptimizerConfig(learning_rate=1e30))
     with pytest.raises(DivergedError, match=r"at step \d+ .*(nan|inf)"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections import deque
@@ -64,6 +65,9 @@ class HostClock:
 class DeviceClock:
     """Timing events on one stream of the accelerator; they are used again.
 
+    Once the device has failed, every call about it raises that: the training's own shall, and what is asked here gives
+    no time instead, so that the error that a phase is left by stays the one that is seen.
+
     The training thread alone touches them: while a program captures a CUDA graph, a question about an event from
     another thread would spoil the capture, and nobody tells that thread.
 
@@ -90,20 +94,26 @@ class DeviceClock:
         self._stream = current_stream()
 
     def mark(self) -> Any | None:
-        if self._is_capturing():
+        try:
+            if self._is_capturing():
+                return None
+            if self._pool:
+                event = self._pool.pop()
+            elif self._num_left:
+                self._num_left -= 1
+                event = self._make_event()
+            else:
+                return None
+            event.record(self._stream)
+        except RuntimeError:
             return None
-        if self._pool:
-            event = self._pool.pop()
-        elif self._num_left:
-            self._num_left -= 1
-            event = self._make_event()
-        else:
-            return None
-        event.record(self._stream)
         return event
 
     def is_reached(self, mark: Any) -> bool:
-        return not self._is_capturing() and bool(mark.query())
+        try:
+            return not self._is_capturing() and bool(mark.query())
+        except RuntimeError:
+            return True  # what lies before it is asked for, and told to be unknown
 
     def seconds(self, marks: Sequence[Any]) -> list[float] | None:
         try:
@@ -115,8 +125,9 @@ class DeviceClock:
         self._pool.extend(mark for mark in marks if mark is not None)
 
     def follow(self) -> None:
-        if not self._is_capturing():
-            self._stream = self._current_stream()
+        with contextlib.suppress(RuntimeError):
+            if not self._is_capturing():
+                self._stream = self._current_stream()
 
 
 def make_clock(device: torch.device) -> Clock:
@@ -130,7 +141,7 @@ def make_clock(device: torch.device) -> Clock:
         clock = _device_clock(device)
         marks = [clock.mark(), clock.mark()]
         torch.accelerator.synchronize(device)
-        if not clock.is_reached(marks[1]) or clock.seconds(marks) is None:
+        if None in marks or not clock.is_reached(marks[1]) or clock.seconds(marks) is None:
             return HostClock()
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
         return HostClock()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
@@ -19,6 +20,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 GRADIENTS = "DDP's all-reduce of gradients"
 BUFFERS = "DDP's broadcast of buffers"
 _MAX_DEPTH = 8
+
+
+def _untraced(function: F) -> F:
+    disabled: F = torch.compiler.disable(function, reason="notes the time")  # type: ignore[no-untyped-call]
+    return disabled
 
 
 class DdpWaits:
@@ -39,13 +45,10 @@ class DdpWaits:
         self._module = module
         self._is_queued = False
         self._is_waiting = False
-        # A compiled module is traced with its hooks, and clocks are nothing to trace.
-        hook = _untraced(self._after_forward)
-        self._handle: RemovableHandle | None = module.register_forward_hook(hook)
-        self._sync_buffers: Callable[[], Any] | None = getattr(module, "_sync_buffers", None)
-        if self._sync_buffers is not None:
+        self._handle: RemovableHandle | None = module.register_forward_hook(_AfterForward(self))
+        if hasattr(module, "_sync_buffers"):
             # DDP has no hook there; where a later one has no such function, this wait is part of `forward`.
-            module.__dict__["_sync_buffers"] = _untraced(self._timed_sync_buffers)
+            module.__dict__["_sync_buffers"] = _SyncBuffers(module, self)
 
     def close(self) -> None:
         """Leave the module as it was."""
@@ -54,16 +57,17 @@ class DdpWaits:
             handle.remove()
             self._module.__dict__.pop("_sync_buffers", None)
 
-    def _timed_sync_buffers(self) -> None:
-        assert self._sync_buffers is not None, "it is put in only where there is one"
+    def sync_buffers(self, sync: Callable[[], Any]) -> None:
+        """Have the buffers copied, and note how long that takes."""
         is_mine = self._timeline.begin_wait(BUFFERS)
         try:
-            self._sync_buffers()
+            sync()
         finally:
             if is_mine:
                 self._timeline.end_wait()
 
-    def _after_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def after_forward(self, output: Any) -> None:
+        """Find the tensors whose gradients come first in the backward pass."""
         if not (torch.is_grad_enabled() and self._module.require_backward_grad_sync and self._timeline.is_mine()):
             return
         if self._is_waiting:  # the last backward pass failed while DDP waited
@@ -91,9 +95,39 @@ class DdpWaits:
             self._timeline.end_wait()
 
 
-def _untraced(function: F) -> F:
-    disabled: F = torch.compiler.disable(function, reason="notes the time")  # type: ignore[no-untyped-call]
-    return disabled
+class _AfterForward:
+    """What DDP calls after a forward pass; a copy of DDP, or one from a file, is measured by nobody."""
+
+    def __init__(self, waits: DdpWaits | None = None) -> None:
+        self._waits = waits
+
+    # A compiled module is traced with its hooks, and clocks are nothing to trace.
+    @_untraced
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self._waits is not None:
+            self._waits.after_forward(output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+class _SyncBuffers:
+    """Stands for DDP's own function of that name; in a copy of DDP, or one from a file, it is as that."""
+
+    def __init__(self, module: DistributedDataParallel, waits: DdpWaits | None = None) -> None:
+        self._module = module
+        self._waits = waits
+
+    @_untraced
+    def __call__(self) -> None:
+        sync = functools.partial(type(self._module)._sync_buffers, self._module)
+        if self._waits is None:
+            sync()
+        else:
+            self._waits.sync_buffers(sync)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._module,)
 
 
 def find_ddp(module: nn.Module) -> DistributedDataParallel | None:

@@ -2,7 +2,8 @@
 
 What a run has lived through is no hang: the limit of a phase is three times the longest stretch that was seen in it, no
 less than a minute and not more than the session's timeout. Before a phase was seen three times, which takes in the
-steps that compile, and the first checkpoint or validation, the limit is the session's timeout.
+steps that compile, and the first checkpoint or validation, the limit is the session's timeout. What no phase covers may
+be anything, a first checkpoint or the samples at the end, so there it is half of the session's timeout at least.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ STRETCHES = 3.0
 
 NUM_KNOWN = 3
 """How often a phase must have been seen: twice could be two compilations."""
+
+UNCOVERED_SHARE = 0.5
+"""Of the session's timeout: the least limit outside of phases, so that who it is is told before collectives give up."""
 
 
 class Limits:
@@ -41,12 +45,19 @@ class Limits:
         """
         return self._set_seconds if self._set_seconds is not None else min(FLOOR_SECONDS, self._timeout_seconds)
 
-    def learn(self, phase: str | None, seconds: float) -> None:
-        """Know that a stretch of this phase took so long, and ended well.
+    def note(self, phase: str | None, seconds: float) -> None:
+        """Know that a stretch of this phase took so long, and ended well; many of them may be one validation.
 
         Ranks: local.
         """
         self._longest[phase] = max(seconds, self._longest.get(phase, 0.0))
+
+    def learn(self, phase: str | None, seconds: float) -> None:
+        """Know that the whole of this phase in a finished step took so long.
+
+        Ranks: local.
+        """
+        self.note(phase, seconds)
         self._num_seen[phase] = self._num_seen.get(phase, 0) + 1
 
     def learn_step(self, seconds: float, phases: Mapping[str, float]) -> None:
@@ -66,4 +77,5 @@ class Limits:
             return self._set_seconds
         if self._num_seen.get(phase, 0) < NUM_KNOWN:
             return self._timeout_seconds
-        return min(max(FLOOR_SECONDS, STRETCHES * self._longest[phase]), self._timeout_seconds)
+        floor = FLOOR_SECONDS if phase is not None else max(FLOOR_SECONDS, UNCOVERED_SHARE * self._timeout_seconds)
+        return min(max(floor, STRETCHES * self._longest[phase]), self._timeout_seconds)

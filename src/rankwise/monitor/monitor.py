@@ -250,6 +250,11 @@ class Monitor:
             self._watchdog.close()
         if not failed:
             self.timeline.drain(DRAIN_SECONDS)
+            if self.timeline.is_without_steps():
+                logger.warning(
+                    "phases were noted, but monitor.step() was never called: nothing is known of any step. Call it at "
+                    "the end of each."
+                )
         self._sampler.close(failed=failed)
         if self._stragglers is not None:
             self._stragglers.close()

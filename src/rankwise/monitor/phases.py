@@ -18,6 +18,9 @@ MAX_PENDING_STEPS = 256
 _MAX_PARTS = 2048
 """Moments of one step that are kept; a host's clock adds them up then, and goes on."""
 
+_MANY_MOMENTS = 100
+"""Beginnings and ends of phases; an evaluation before a run that has nothing to train makes a few."""
+
 COMMUNICATION = "communication"
 
 
@@ -43,6 +46,8 @@ class Timeline:
         """Whoever reads them takes them off on the left, from any one thread."""
         self.num_untimed = 0
         """Steps that went by without being timed."""
+        self.num_steps = 0
+        """Calls of `step`."""
         self._clock = clock
         self._thread = threading.get_ident()
         self._step = step
@@ -62,6 +67,10 @@ class Timeline:
     def is_mine(self) -> bool:
         """Whether this is the training thread."""
         return threading.get_ident() == self._thread
+
+    def is_without_steps(self) -> bool:
+        """Whether so many phases went by without a single step that `step` must have been forgotten."""
+        return self.num_steps == 0 and self._number > _MANY_MOMENTS
 
     def enter(self, name: str) -> None:
         """A phase begins."""
@@ -105,6 +114,7 @@ class Timeline:
         # The thread that makes the steps is the training thread, whoever made the Monitor.
         self._thread = threading.get_ident()
         self._is_begun = True
+        self.num_steps += 1
         end = self._note()
         self._clock.follow()
         self._step = self._step + 1 if number is None else number

@@ -152,13 +152,15 @@ class Sampler:
 
     def _sample(self) -> None:
         steps = self._take_steps()
-        for step in steps:
-            self._on_step(step)
-        self._on_look()
+        # What cannot judge the steps, or read the device, must not keep them from the file.
+        self._tolerate("slow and stuck ranks", lambda: [self._on_step(step) for step in steps])
+        self._tolerate("slow ranks", self._on_look)
         position, now = self._timeline.position(), time.time()
-        readings = self._sensor.read(allocator=False)
+        readings: dict[str, Any] = {}
+        process: dict[str, Any] = {}
+        self._tolerate("readings", lambda: readings.update(self._sensor.read(allocator=False)))
         self.is_allocator_due = True
-        process = self._process.read()
+        self._tolerate("readings", lambda: process.update(self._process.read()))
         seconds = max(0.0, time.monotonic() - position.since)
         done = batches(steps)
         # Only a gap in the numbers, as a resumed or rewound loop has, makes more than one line.

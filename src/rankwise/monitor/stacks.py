@@ -108,6 +108,9 @@ def torch_collectives(num_last: int = 0) -> dict[str, Any]:
     return {}
 
 
+_MAX_WIND_SECONDS = 24 * 3600.0
+"""The timer takes no more than a few centuries, and is wound up again long before."""
+
 _timers: weakref.WeakSet[HeldTimer] = weakref.WeakSet()
 
 
@@ -138,7 +141,8 @@ class HeldTimer:
         with self._lock:
             file = self._open()
             if file is not None:
-                faulthandler.dump_traceback_later(max(seconds, 0.1), exit=end, file=file)
+                seconds = min(max(seconds, 0.1), _MAX_WIND_SECONDS)
+                faulthandler.dump_traceback_later(seconds, exit=end, file=file)
 
     def close(self) -> None:
         """Take the timer back; a file in which nothing stands is removed.

@@ -98,15 +98,18 @@ class StandIn:
             folder = within(_CLAIM_SECONDS, lambda: _claim(path, wanted), "rankwise-standin-claim")
         speaks = folder == wanted if folder is not None else own.rank == 1
         stacks = str(run_dir / "hangs" / folder) if run_dir is not None and folder is not None else None
-        message = in_words(Hang((main,), (), ()), stacks, witness=own)
+        # Where the main process has left in good order, a rank that works has only itself to wait for.
+        cause = own if main.left and not own.waits else main
+        hang = Hang((cause,), () if cause is own else (own,))
+        message = in_words(hang, stacks, witness=None if cause is own else own)
         event = Event(
             "hang",
             time.time(),
             own.step,
             message if speaks else "",
-            ranks=(main.rank,),
-            phase=main.phase,
-            details={"folder": folder, "idle_seconds": round(main.idle_seconds, 3), "causes": [asdict(main)]},
+            ranks=(cause.rank,),
+            phase=cause.phase,
+            details={"folder": folder, "idle_seconds": round(hang.idle_seconds, 3), "causes": [asdict(cause)]},
         )
         deaf: dict[str, Any] = {}
         if main.machine == self._machine:
@@ -114,9 +117,9 @@ class StandIn:
         order = Order(
             self._num_hangs,
             folder,
-            (main.rank,),
+            (cause.rank,),
             end=self._voice.ends,
-            failure=asdict(failure_of(main, stacks)),
+            failure=asdict(failure_of(cause, stacks)),
             deaf=deaf,
             alone=True,
         )

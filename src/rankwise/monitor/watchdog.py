@@ -250,7 +250,7 @@ class Watchdog:
         at = left or self._position()
         idle = max(0.0, now - max(at.since, self._awake))
         if self._seen is not None and at.number != self._seen.number and self._in_hang is None:
-            self._limits.learn(self._seen.phase, self._seen_idle)
+            self._limits.note(self._seen.phase, self._seen_idle)
         self._seen, self._seen_idle = at, idle
         row = replace(self._about, step=at.step, phase=at.phase, collective=at.collective, number=at.number)
         limit = self._limits.of(at.phase)

@@ -19,22 +19,9 @@ from rankwise.monitor.accelerators.ascend import find_ascend
 from rankwise.monitor.accelerators.nvidia import find_nvidia
 from rankwise.monitor.accelerators.process import ProcessSensor
 from rankwise.monitor.accelerators.readings import Driver
+from rankwise.telemetry import ALARMING_REASONS
 
 __all__ = ["ALARMING_REASONS", "ProcessSensor", "Sensor", "find_sensor"]
-
-ALARMING_REASONS = frozenset(
-    {
-        "board_limit",
-        "hardware",
-        "hardware_thermal",
-        "memory_thermal",
-        "power_brake",
-        "regulator_thermal",
-        "reliability",
-        "thermal",
-    }
-)
-"""Those of `throttle_reasons` that a healthy device in a healthy rack does not show; `power` is common at full load."""
 
 _logger = logs.get_logger(__name__)
 
