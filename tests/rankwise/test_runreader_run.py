@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from rankwise.errors import RankwiseError
 from rankwise.runreader import read_run
 from rankwise.simulation import make_run
-from rankwise.telemetry import Event, Start, events_path, monitor_path, to_json
+from rankwise.telemetry import Event, Start, Steps, Tick, events_path, monitor_path, to_json
 
 
 def test_simulated_run_is_read_whole(tmp_path: Path) -> None:
@@ -125,6 +126,42 @@ def test_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     path.unlink()
     path.mkdir()
     assert "events/rank-00000.jsonl cannot be read: Is a directory" in read_run(tmp_path / "run").trouble
+
+
+def test_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", 2, 5)
+    names = ("run.json", "config.json", "monitor/rank-00001.jsonl", "checkpoints/step-00000002/manifest.json")
+    for name in names:
+        (tmp_path / "run" / name).unlink()
+        os.mkfifo(tmp_path / "run" / name)
+    run = read_run(tmp_path / "run")
+    assert (run.info, run.num_steps, run.monitored) == ({}, None, (0,))
+    for name in ("run.json", *names[2:]):
+        assert f"{name} cannot be read: it is no file" in run.trouble
+
+
+def test_numbers_beyond_all_reason_are_left_out(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", 1, 5)
+    huge = 10**400
+    for folder, line in (
+        ("metrics", {"step": huge, "nll": 1.0}),
+        ("metrics", {"step": 4, "time": huge, "nll": huge}),
+        ("events", {"kind": "hang", "time": huge, "step": 1, "message": "a"}),
+        ("events", {"kind": "hang", "time": 1.0, "step": huge, "message": "a"}),
+        ("monitor", json.loads(to_json(Tick(1.0, 5, None, 0.0, Steps(5, [0.5], {"data": [0.5]})))) | {"step": huge}),
+        ("monitor", json.loads(to_json(Tick(1.0, 5, None, 0.0, device={"power_watts": huge})))),
+    ):
+        with open(tmp_path / "run" / folder / "rank-00000.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+    run = read_run(tmp_path / "run")
+    series = run.metrics["nll"]
+    assert math.isnan(series.values[series.steps.tolist().index(4)])
+    assert series.steps.max() <= 5
+    assert "hang" not in {event.kind for event in run.events}
+    history = run.history(0)
+    assert history.num_foreign == 1
+    assert history.steps.tolist() == [1, 2, 3, 4, 5]
+    assert math.isnan(history.device["power_watts"][-1])
 
 
 def test_reading_needs_no_torch() -> None:

@@ -161,6 +161,17 @@ def test_new_ranks_are_found_and_ranks_of_an_earlier_size_left_out(tmp_path: Pat
     assert list(tail.look().states) == [0, 1]
 
 
+@pytest.mark.parametrize("text", ["1e999", "1" + "0" * 400, "NaN", "null", '"long"'])
+def test_steps_of_no_reasonable_length_count_for_nothing(tmp_path: Path, text: str) -> None:
+    write(tmp_path, 0, start(), tick(1))
+    with monitor_path(tmp_path, 0).open("a") as file:
+        steps = f'{{"first":2,"seconds":[{text}],"phases":{{"data":[{text}]}}}}'
+        file.write(f'{{"is":"tick","time":2.0,"step":2,"phase":null,"seconds":0.0,"steps":{steps}}}\n')
+    state = Tail(tmp_path).look().states[0]
+    assert state.tick is not None
+    assert (state.tick.step, state.num_recent_steps) == (2, 1)
+
+
 def test_without_run_json_new_ranks_tell_their_places(tmp_path: Path) -> None:
     write(tmp_path, 0, start())
     tail = Tail(tmp_path)

@@ -19,7 +19,7 @@ from rankwise.errors import RankwiseError
 from rankwise.files import write_atomic
 from rankwise.report.content import build_content
 from rankwise.report.loading import load_ranks
-from rankwise.report.logsummary import summarise_logs
+from rankwise.report.logsummary import shortened, summarise_logs
 from rankwise.report.page import MARK, build_page
 from rankwise.runreader import read_run
 
@@ -63,7 +63,8 @@ def main(arguments: Sequence[str]) -> int:
             _print(page)
         else:
             write_atomic(target, page)
-            print(f"{target} ({len(page.encode()) / 2**20:.1f} MiB)")
+            # A name may have bytes that are no text.
+            print(f"{shortened(str(target), 4096)} ({len(page.encode()) / 2**20:.1f} MiB)")
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
@@ -81,7 +82,8 @@ def make_report(run_dir: str | os.PathLike[str], now: datetime | None = None) ->
     """
     data = load_ranks(read_run(run_dir))
     content = build_content(data, summarise_logs(Path(run_dir)))
-    return build_page(Path(run_dir).resolve().name or str(run_dir), content, now or datetime.now(UTC))
+    name = Path(run_dir).resolve().name or str(run_dir)
+    return build_page(shortened(name, 200), content, now or datetime.now(UTC))
 
 
 def require_replaceable(target: Path, *, is_forced: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rankwise.errors import RankwiseError
+from rankwise.logs.fold import ranks_as_text
 from rankwise.report import summary
 from rankwise.report.arrays import Packer
 from rankwise.report.devices import build_devices, node_of
@@ -19,7 +19,7 @@ from rankwise.report.logsummary import MAX_GROUPS, LogSummary, as_row, shortened
 from rankwise.report.lost_time import find_blame
 from rankwise.report.thinning import thin_line
 from rankwise.runreader import Series
-from rankwise.telemetry import PHASES, Event
+from rankwise.telemetry import PHASES, Event, is_finite
 
 MAX_STEPS = 16_000_000
 """A step number far from all others is no step of this run, and would make the picture as wide."""
@@ -136,7 +136,10 @@ def _metric(name: str, series: Series, packer: Packer) -> dict[str, Any]:
 
 
 def _events(events: Sequence[Event]) -> list[dict[str, Any]]:
-    """Each event, and of a straggler's until which step it lasted."""
+    """Each event, and of a straggler's since and until which step it was one.
+
+    It is told of windows of steps later, and told so again when it is over, so the two say how many steps it was.
+    """
     rows: list[dict[str, Any]] = []
     lasting: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
     shown = [event for event in events if event.kind != "checkpoint"]
@@ -150,11 +153,16 @@ def _events(events: Sequence[Event]) -> list[dict[str, Any]]:
             "phase": _text(event.phase),
         }
         rows.append(row)
+        num_steps = event.details.get("num_steps")
+        num_steps = num_steps if type(num_steps) is int and 0 < num_steps <= event.step else None
         begun = lasting.pop((event.kind.removesuffix("_over"), tuple(event.ranks)), None)
         if event.kind.endswith("_over"):
             if begun is not None:
-                begun["until"] = max(event.step, begun["step"])
+                last = begun["since"] + num_steps - 1 if num_steps and "since" in begun else event.step
+                begun["until"] = min(max(last, begun["step"]), max(event.step, begun["step"]))
         else:
+            if num_steps:
+                row["since"] = event.step - num_steps + 1
             lasting[event.kind, tuple(event.ranks)] = row
     return rows
 
@@ -173,8 +181,7 @@ def _checkpoints(data: RunData) -> list[dict[str, Any]]:
 
 
 def _finite(value: Any) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
+    return float(value) if is_finite(value) else None
 
 
 def _logs(logs: LogSummary | None) -> dict[str, Any]:
@@ -224,9 +231,15 @@ def _size(data: RunData) -> str:
 
 
 def _state(data: RunData) -> str:
-    if data.run.info.get("ended"):
-        return "ended in good order"
-    spans = [rank.spans[-1] for rank in data.ranks if rank.spans]
-    if spans and all(span.ended for span in spans):
-        return "every rank ended in good order"
-    return "no end was told: it still ran when this report was made, or was killed"
+    has_ended = bool(data.run.info.get("ended"))
+    # Of those of the newest session: others stopped telling when there were more ranks.
+    known = data.run.rows
+    own = {rank.rank: rank.spans[-1].ended for rank in data.ranks if rank.spans and (not known or rank.rank in known)}
+    if own and all(own.values()):
+        return "ended in good order" if has_ended else "every rank ended in good order"
+    if not has_ended:
+        return "no end was told: it still ran when this report was made, or was killed"
+    if not own:
+        return "ended"
+    failed = ranks_as_text([rank for rank, is_good in own.items() if not is_good][:64])
+    return f"ended, but not in good order (ranks {failed})"

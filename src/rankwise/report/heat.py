@@ -39,9 +39,10 @@ class RankSteps:
 
 @dataclass
 class _Row:
-    """One row of the picture: the worst of its ranks in each column."""
+    """One row of the picture: the worst of its ranks in each column, the one with the most own work."""
 
     step: Floats
+    worst_seconds: Floats
     worst_step: NDArray[np.uint16]
     worst_rank: NDArray[np.uint16]
     at_worst: Floats
@@ -53,10 +54,11 @@ class _Row:
 def build_heat(
     all_steps: Sequence[RankSteps], phases: Sequence[str], span: tuple[int, int], packer: Packer
 ) -> dict[str, Any]:
-    """The picture as it goes into the page; assets/heatdata.js reads it.
+    """The picture as it goes into the page; assets/heatmap.js reads it.
 
-    A cell stands for some steps of one rank or of some: it has the longest of them, which step and rank that was, and
-    its phases; the median, of the rank whose median is longest; and the most that each phase took in any of them.
+    A cell stands for some steps of one rank or of some: it has the one with the most own work, which step and rank that
+    was, how long it took, and its phases; the longest step; the median, of the rank whose median is longest; and the
+    most that each phase took in any of them. Own work, since in step all ranks take equally long.
 
     Args:
         all_steps: by rank, ascending; ranks without steps too, so that every rank has its place.
@@ -87,6 +89,7 @@ def build_heat(
         "step": packer.add_seconds(gathered("step")),
         "typical": packer.add_seconds(gathered("typical")),
         "own": packer.add_seconds(gathered("own")),
+        "worstSeconds": packer.add_seconds(gathered("worst_seconds")),
         "worstStep": packer.add(gathered("worst_step")),
         "worstRank": packer.add(gathered("worst_rank")),
         "atWorst": [packer.add_seconds(at_worst[:, place]) for place in range(len(phases))],
@@ -97,6 +100,7 @@ def build_heat(
 def _build_row(ranks: Iterable[RankSteps], phases: Sequence[str], columns: Columns) -> _Row:
     row = _Row(
         step=np.full(columns.num, np.nan),
+        worst_seconds=np.full(columns.num, np.nan),
         worst_step=np.zeros(columns.num, np.uint16),
         worst_rank=np.zeros(columns.num, np.uint16),
         at_worst=np.full((len(phases), columns.num), np.nan),
@@ -112,14 +116,15 @@ def _build_row(ranks: Iterable[RankSteps], phases: Sequence[str], columns: Colum
 
 def _add_rank(row: _Row, number: int, rank: RankSteps, phases: Sequence[str], columns: Columns) -> None:
     laid = columns.lay(rank.steps, rank.seconds)
-    worst, place = worst_of(laid)
-    is_worse = ~(worst <= row.step) & ~np.isnan(worst)
-    row.step[is_worse], row.worst_rank[is_worse] = worst[is_worse], number
+    longest, _ = worst_of(laid)
+    row.step = np.fmax(row.step, longest)
+    own, place = worst_of(columns.lay(rank.steps, rank.own_seconds))
+    is_worse = ~(own <= row.own) & ~np.isnan(own)
+    row.own[is_worse], row.worst_rank[is_worse] = own[is_worse], number
+    row.worst_seconds[is_worse] = laid[is_worse, place[is_worse]]
     # A column is at most 65,536 steps wide: 256 columns of them are 16 million steps.
     row.worst_step[is_worse] = place[is_worse]
-    row.typical = np.fmax(row.typical, median_of(laid) if columns.width > 1 else worst)
-    own, _ = worst_of(columns.lay(rank.steps, rank.own_seconds))
-    row.own = np.fmax(row.own, own)
+    row.typical = np.fmax(row.typical, median_of(laid) if columns.width > 1 else longest)
     for index, phase in enumerate(phases):
         seconds = rank.phases.get(phase)
         if seconds is None:

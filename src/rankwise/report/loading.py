@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from rankwise.report.heat import RankSteps
 from rankwise.report.thinning import Floats, thin_line
 from rankwise.runreader import RankHistory, Run, Span
+from rankwise.telemetry import ALARMING_REASONS
 
 READINGS = {
     "utilisation_percent": ("utilisation", "%"),
@@ -29,6 +30,8 @@ READINGS = {
 }
 """The readings that are drawn, each with its heading and unit, in this order; the last four are the process's."""
 
+_LONGEST_SECONDS = 1e9
+"""Thirty years: what is beyond is damaged, and would be infinite in 32 bits."""
 _MAX_POINTS = 1200
 _MAX_RANKS_IN_FULL = 256
 
@@ -49,6 +52,8 @@ class RankData:
     words: dict[str, Counter[str]] = field(default_factory=dict)
     highest: dict[str, float] = field(default_factory=dict)
     num_samples: int = 0
+    num_held_back: int = 0
+    """Samples that told a reason of `ALARMING_REASONS`."""
     spans: tuple[Span, ...] = ()
     first_steps: tuple[int | None, ...] = ()
     """Of each span the first step that it made, None where it made none that was not made again."""
@@ -77,8 +82,20 @@ def load_ranks(run: Run) -> RunData:
     """
     is_large = len(run.monitored) > _MAX_RANKS_IN_FULL
     told = {history.rank: _take(history, _MAX_POINTS // (2 if is_large else 1)) for history in run.histories()}
+    begun = [data.first_steps[-1] for rank, data in told.items() if rank in run.rows and data.first_steps]
+    again = min((step for step in begun if step is not None), default=None)
+    if again is not None:
+        # Where the job went on with fewer ranks: steps made again without one are not compared with those it made.
+        for rank in set(told) - set(run.rows):
+            told[rank] = replace(told[rank], steps=_before(told[rank].steps, again))
     known = sorted(set(run.rows) | set(told))
     return RunData(run, [told.get(rank) or _silent(rank) for rank in known])
+
+
+def _before(steps: RankSteps, end: int) -> RankSteps:
+    kept = steps.steps < end
+    phases = {phase: seconds[kept] for phase, seconds in steps.phases.items()}
+    return RankSteps(steps.rank, steps.steps[kept], steps.seconds[kept], phases)
 
 
 def _silent(rank: int) -> RankData:
@@ -95,6 +112,7 @@ def _take(history: RankHistory, most: int) -> RankData:
             highest[name] = float(values[is_known].max())
         if name in READINGS and is_known.any():
             lines[name] = thin_line(history.sample_times, values, most)
+    throttled = history.words.get("throttle_reasons", ())
     return RankData(
         history.rank,
         RankSteps(
@@ -107,6 +125,7 @@ def _take(history: RankHistory, most: int) -> RankData:
         {name: Counter(word for _, said in told for word in said) for name, told in history.words.items()},
         highest,
         history.sample_times.size,
+        sum(1 for _, said in throttled if ALARMING_REASONS.intersection(said)),
         history.spans,
         tuple(_first_step(history, place) for place in range(len(history.spans))),
     )
@@ -114,7 +133,8 @@ def _take(history: RankHistory, most: int) -> RankData:
 
 def _small(seconds: NDArray[Any]) -> NDArray[Any]:
     """Half the memory; durations in seconds are told to a microsecond, which is as exact below 8 s."""
-    return seconds.astype(np.float32)
+    small: NDArray[Any] = np.clip(seconds, 0.0, _LONGEST_SECONDS).astype(np.float32)
+    return small
 
 
 def _first_step(history: RankHistory, place: int) -> int | None:

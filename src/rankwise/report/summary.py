@@ -14,6 +14,7 @@ from rankwise.report.heat import WAITING
 from rankwise.report.loading import RunData
 from rankwise.report.logsummary import LogSummary, ranks_text, shortened
 from rankwise.report.lost_time import Blame
+from rankwise.telemetry import ALARMING_REASONS
 
 _MUCH_DATA, _MUCH_COMMUNICATION, _MUCH_OTHER = 0.1, 0.3, 0.2
 _STALL = 3.0
@@ -44,6 +45,7 @@ def find_all(
     """
     found = [
         *_hangs(data),
+        *_unmeasured(totals),
         *_slow_ranks(data, totals, blames),
         *_shares(totals, phases),
         *_stalls(data, totals),
@@ -61,7 +63,7 @@ def place_of(data: RunData, rank: int) -> str:
     Ranks: local.
     """
     row = data.run.rows.get(rank, {})
-    known = [str(row[name]) for name in ("host", "device") if row.get(name)]
+    known = [shortened(str(row[name]), 100) for name in ("host", "device") if row.get(name)]
     return f"rank {rank} ({', '.join(known)})" if known else f"rank {rank}"
 
 
@@ -88,6 +90,12 @@ def _hangs(data: RunData) -> Iterator[Finding]:
         yield Finding("bad", f"{len(hangs) - _MAX_NAMED} more hangs", "They are in the list of events.")
 
 
+def _unmeasured(totals: dict[str, NDArray[Any]]) -> Iterator[Finding]:
+    if not np.isfinite(totals["mean"]).any():
+        text = "Nobody has written steps to monitor/: a rankwise.Monitor does, whose step() ends each of them."
+        yield Finding("note", "No step was measured", text)
+
+
 def _slow_ranks(data: RunData, totals: dict[str, NDArray[Any]], blames: Sequence[Blame]) -> Iterator[Finding]:
     if np.isfinite(totals["mean"]).sum() < 2:
         return
@@ -107,7 +115,8 @@ def _slow_ranks(data: RunData, totals: dict[str, NDArray[Any]], blames: Sequence
     for event in told[:_MAX_NAMED]:
         yield Finding("note", f"A slow rank from step {event.step:,} on", _begin(shortened(event.message, 400)))
     if not blames and not told:
-        yield Finding("good", "No rank stands out", "No rank held the others up for more than 1% of the run.")
+        text = "No rank held the others up for a hundredth of the run and much longer than the others did."
+        yield Finding("good", "No rank stands out", text)
 
 
 def _shares(totals: dict[str, NDArray[Any]], phases: Sequence[str]) -> Iterator[Finding]:
@@ -153,11 +162,14 @@ def _stalls(data: RunData, totals: dict[str, NDArray[Any]]) -> Iterator[Finding]
 
 
 def _devices(data: RunData) -> Iterator[Finding]:
-    throttled = [rank for rank in data.ranks if rank.words.get("throttle_reasons")]
-    for rank in sorted(throttled, key=lambda rank: -rank.words["throttle_reasons"].total())[:_MAX_NAMED]:
-        reasons = ", ".join(shortened(word, 60) for word, _ in rank.words["throttle_reasons"].most_common(3))
-        told = max(rank.words["throttle_reasons"].values())
-        text = f"{_begin(place_of(data, rank.rank))} said so in {told:,} of {rank.num_samples:,} samples: {reasons}."
+    throttled = [rank for rank in data.ranks if rank.num_held_back]
+    for rank in sorted(throttled, key=lambda rank: -rank.num_held_back)[:_MAX_NAMED]:
+        # The power limit is reached at full load, and clocks are what somebody has set: neither is worth a word.
+        words = [word for word, _ in rank.words["throttle_reasons"].most_common() if word in ALARMING_REASONS]
+        text = (
+            f"{_begin(place_of(data, rank.rank))} said so in {rank.num_held_back:,} of {rank.num_samples:,} samples: "
+            f"{', '.join(words[:3])}."
+        )
         yield Finding("note", f"The device of rank {rank.rank} was held back", text)
     for rank in [rank for rank in data.ranks if rank.words.get("xid_errors")][:_MAX_NAMED]:
         numbers = ", ".join(shortened(word, 20) for word in sorted(rank.words["xid_errors"])[:8])
@@ -166,7 +178,8 @@ def _devices(data: RunData) -> Iterator[Finding]:
         )
     errors = [rank.rank for rank in data.ranks if rank.highest.get("ecc_uncorrected", 0) > 0]
     if errors:
-        yield Finding("bad", "Memory errors that were not corrected", f"On ranks {ranks_as_text(errors[:64])}.")
+        text = f"On the devices of ranks {ranks_as_text(errors[:64])}, since their drivers started."
+        yield Finding("bad", "Memory errors that were not corrected", text)
     hot = [rank.rank for rank in data.ranks if rank.highest.get("temperature_celsius", 0) >= _HOT_CELSIUS]
     if hot:
         highest = max(data.ranks, key=lambda rank: rank.highest.get("temperature_celsius", 0))
@@ -225,10 +238,12 @@ def _warnings(logs: LogSummary | None) -> Iterator[Finding]:
     total = sum(said.count for said in logs.said)
     most = max(logs.said, key=lambda said: said.count)
     message = shortened(str(most.first.first.fields.get("message", "")).split("\n")[0], 160)
+    often = f"Most often, {most.count:,} times," if most.count > 1 else "The first,"
+    noun = "rank" if most.rank_bits.bit_count() == 1 else "ranks"
     yield Finding(
         "note",
         f"{_count(total, 'warning')} of {_count(len(logs.said), 'kind')}",
-        f"Most often, {most.count:,} times on ranks {ranks_text(most.rank_bits)}: {message}",
+        f"{often} on {noun} {ranks_text(most.rank_bits)}: {message}",
     )
 
 

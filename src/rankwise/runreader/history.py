@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rankwise.telemetry import End, Start, Steps, Tick, from_json
+from rankwise.telemetry import End, Start, Steps, Tick, from_json, is_finite, is_step
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -180,7 +179,7 @@ def require_shape(steps: Steps) -> None:
     """
     count = len(steps.seconds)
     lists = [steps.seconds, *steps.phases.values()]
-    if type(steps.first) is not int or not 0 <= steps.first < 2**53:
+    if not is_step(steps.first):
         raise ValueError("no step has that number")
     if any(type(values) is not list or len(values) != count for values in lists):
         raise ValueError("a phase has more or fewer steps than there are")
@@ -195,4 +194,4 @@ def _floats(values: list[Any]) -> Floats:
     try:
         return np.array(values, dtype=np.float64)  # None becomes nan
     except (TypeError, ValueError, OverflowError):
-        return np.array([value if type(value) in (int, float) else math.nan for value in values], dtype=np.float64)
+        return np.array([value if is_finite(value) else np.nan for value in values], dtype=np.float64)

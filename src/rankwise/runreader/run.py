@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 from rankwise.checkpoint.manifest import read_manifest
 from rankwise.errors import CheckpointCorruptError, RankwiseError
 from rankwise.runreader.history import RankHistory, read_history
-from rankwise.telemetry import Event, event_from_json, monitor_path
+from rankwise.telemetry import Event, event_from_json, is_finite, is_step, monitor_path
 
 PARTS = ("run.json", "monitor", "events", "metrics", "logs", "checkpoints")
 """Of these a run directory has at least one."""
@@ -152,7 +154,7 @@ def read_info(folder: Path, trouble: list[str]) -> dict[str, Any]:
     Ranks: local.
     """
     try:
-        info = json.loads((folder / "run.json").read_bytes())
+        info = json.loads(_content(folder / "run.json"))
         if isinstance(info, dict):
             return info
         trouble.append("run.json is no object")
@@ -171,11 +173,32 @@ def rank_files(folder: Path, trouble: list[str] | None = None) -> dict[int, os.D
     try:
         with os.scandir(folder) as entries:
             found = ((_RANK_FILE.fullmatch(entry.name), entry) for entry in entries)
-            return {int(match[1]): entry for match, entry in found if match is not None}
+            ranks = {int(match[1]): entry for match, entry in found if match is not None}
+            return {rank: entry for rank, entry in ranks.items() if _can_be_read(entry, trouble)}
     except OSError as error:
         if trouble is not None and not isinstance(error, FileNotFoundError):
             trouble.append(f"{folder.name}/ cannot be listed: {_say(error)}")
         return {}
+
+
+def _can_be_read(entry: os.DirEntry[str], trouble: list[str] | None) -> bool:
+    """False for what a reader would wait for without end, a pipe or a device; a folder fails when it is read."""
+    if entry.is_file() or entry.is_dir():
+        return True
+    if trouble is not None:
+        trouble.append(f"{Path(entry.path).parent.name}/{entry.name} cannot be read: it is no file")
+    return False
+
+
+def _content(path: Path) -> bytes:
+    """All of a file.
+
+    Raises:
+        OSError: it cannot be read, or is no file: a pipe would be waited for without end.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return path.read_bytes()
 
 
 def rows_of(folder: Path, info: Mapping[str, Any], ranks: tuple[int, ...]) -> dict[int, Mapping[str, Any]]:
@@ -186,7 +209,7 @@ def rows_of(folder: Path, info: Mapping[str, Any], ranks: tuple[int, ...]) -> di
     rows: dict[int, Mapping[str, Any]] = {}
     told = info.get("ranks")
     for row in told if isinstance(told, list) else ():
-        if isinstance(row, dict) and type(row.get("rank")) is int:
+        if isinstance(row, dict) and is_step(row.get("rank")):
             rows[row["rank"]] = row
     for rank in ranks if not rows else ():
         with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
@@ -203,9 +226,9 @@ def planned_steps(folder: Path) -> int | None:
     Ranks: local.
     """
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        config = json.loads((folder / "config.json").read_bytes())
+        config = json.loads(_content(folder / "config.json"))
         for name in _LENGTHS if isinstance(config, dict) else ():
-            if type(config.get(name)) is int and config[name] > 0:
+            if is_step(config.get(name)) and config[name] > 0:
                 return int(config[name])
     return None
 
@@ -221,9 +244,8 @@ def is_event(event: Event | None) -> bool:
         and isinstance(event.message, str)
         and isinstance(event.details, dict)
         and isinstance(event.ranks, list | tuple)
-        and all(type(number) is int for number in (event.step, *event.ranks))
-        and type(event.time) in (int, float)
-        and math.isfinite(event.time)
+        and all(map(is_step, (event.step, *event.ranks)))
+        and is_finite(event.time)
     )
 
 
@@ -250,12 +272,12 @@ def _metrics(folder: Path, trouble: list[str]) -> dict[str, Series]:
             with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError, RecursionError):
                 row = json.loads(line)
                 step, time = row.pop("step"), row.pop("time", None)
-                if type(step) is not int:
+                if not is_step(step):
                     continue
                 for name, value in row.items():
-                    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-                        number = math.nan if value is None else float(value)
-                        found.setdefault(name, {})[step] = (number, math.nan if time is None else float(time))
+                    if value is None or type(value) in (int, float):
+                        number = float(value) if is_finite(value) else math.nan
+                        found.setdefault(name, {})[step] = (number, float(time) if is_finite(time) else math.nan)
     return {name: _series(points) for name, points in found.items()}
 
 
@@ -275,6 +297,9 @@ def _checkpoints(folder: Path, trouble: list[str]) -> tuple[Checkpoint, ...]:
         return ()
     found = []
     for path in paths:
+        if (path / "manifest.json").exists() and not (path / "manifest.json").is_file():
+            trouble.append(f"checkpoints/{path.name}/manifest.json cannot be read: it is no file")
+            continue
         try:
             manifest = read_manifest(path)
         except CheckpointCorruptError as error:

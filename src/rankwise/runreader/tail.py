@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from rankwise.errors import RankwiseError
 from rankwise.runreader.history import require_shape
 from rankwise.runreader.run import is_event, planned_steps, rank_files, read_info, require_run, rows_of
-from rankwise.telemetry import End, Event, Start, Tick, event_from_json, from_json
+from rankwise.telemetry import End, Event, Start, Tick, event_from_json, from_json, is_finite
 
 NUM_RECENT = 15
 """Of how many ticks that finished steps the recent pace is made up: about so many seconds."""
@@ -262,7 +262,7 @@ class _RankTail:
                 case Start():
                     self._tick, self._ended, found = None, False, True
                     self._recent.clear()
-                case Tick(step=int(), seconds=float() | int()):
+                case Tick():
                     self._tick, self._ended, found = line, False, True
                     self._add(line)
                 case End():
@@ -276,8 +276,10 @@ class _RankTail:
                 own = {name: sum(values) for name, values in tick.steps.phases.items()}
                 waits = tick.steps.phases.get("communication") or [0.0] * len(tick.steps.seconds)
                 alone = [whole - wait for whole, wait in zip(tick.steps.seconds, waits, strict=True)]
-                self._recent.append(_Done(len(alone), sum(tick.steps.seconds), own, alone))
-        except (TypeError, ValueError, AttributeError):
+                whole = sum(tick.steps.seconds)
+                if all(map(is_finite, (whole, *own.values()))):
+                    self._recent.append(_Done(len(alone), whole, own, alone))
+        except (TypeError, ValueError, AttributeError, OverflowError):
             return
 
 

@@ -172,22 +172,24 @@ def _straggling(plan: Plan, timing: Timing, sessions: list[Session]) -> list[Eve
         excess, step_seconds = float(np.median(waiting)), float(np.median(timing.seconds[own]))
         rank, share = window.rank, excess / step_seconds
         place = f"rank {rank} ({plan.host(rank)}, {plan.device(rank)})"
-        num_steps = alarm - window.first + 1
-        for kind, step, message in (
+        num_steps, num_slow = alarm - window.first + 1, window.last - window.first + 1
+        for kind, step, told_steps, message in (
             (
                 "straggler",
                 alarm,
+                num_steps,
                 f"{place} holds the others up by {excess * 1000:.0f} ms of {step_seconds * 1000:.0f} ms a step "
                 f"({share:.0%}) in {phase}, for {num_steps} steps",
             ),
             (
                 "straggler_over",
                 window.last,
-                f"{place} is no longer slow; it was for {window.last - window.first + 1} steps",
+                num_slow,
+                f"{place} is no longer slow; it was for {num_slow} steps",
             ),
         ):
             time = float(ends[min(step, session.last) - session.first]) + 0.4
-            details = {"excess_seconds": round(excess, 4), "share": round(share, 4), "num_steps": num_steps}
+            details = {"excess_seconds": round(excess, 4), "share": round(share, 4), "num_steps": told_steps}
             found.append(Event(kind, round(time, 3), step, message, [rank], phase, details))
     return found
 

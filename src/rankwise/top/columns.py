@@ -9,18 +9,18 @@ from typing import Any
 from rankwise.telemetry import OTHER, PHASES
 from rankwise.top.rows import Row
 
-LETTERS = dict(zip(PHASES, "DFBOCSV", strict=True)) | {OTHER: "."}
-"""By phase its letter in the bars; S is for saving a checkpoint, and every other phase is `UNKNOWN`."""
+LETTERS = dict(zip(PHASES, "DFBOCKV", strict=True)) | {OTHER: "."}
+"""By phase its letter in the bars; every other phase is `UNKNOWN`."""
 UNKNOWN = "+"
 STYLES = {
-    # The colours of Okabe and Ito, which people with any colour vision tell apart.
+    # The colours of Okabe and Ito, which people with any colour vision tell apart; the report has the same.
     "D": "black on #E69F00",
     "F": "black on #56B4E9",
     "B": "white on #0072B2",
     "O": "black on #009E73",
-    "C": "black on #F0E442",
-    "S": "black on #CC79A7",
-    "V": "black on #BBBBBB",
+    "C": "black on #CC79A7",
+    "K": "black on #F0E442",
+    "V": "white on #D55E00",
     ".": "dim",
     UNKNOWN: "reverse",
 }

@@ -226,6 +226,8 @@ def summary(snapshot: Snapshot, width: int) -> list[Line]:
     lines += [[(f"note: {trouble}", "red")] for trouble in snapshot.trouble[:2]]
     if snapshot.state == "waiting":
         lines.append([("no rank has written to monitor/ yet; rankwise.Monitor does", "dim")])
+    elif all(row.age_seconds is None for row in snapshot.rows):
+        lines.append([("no rank has written to monitor/; rankwise.Monitor does", "dim")])
     return [_cut(line, width) for line in lines]
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from rankwise.runreader import Look, RankState
-from rankwise.telemetry import Event
+from rankwise.telemetry import ALARMING_REASONS, Event, is_finite
 
 STALE_SECONDS = 15.0
 """A rank writes once a second; file systems of clusters may show that some seconds later."""
@@ -17,8 +16,6 @@ HOT_CELSIUS = 85.0
 """Where accelerators of data centres begin to slow down, give or take some degrees."""
 MARKS = ("hang", "stale", "straggler", "throttled", "hot", "ended")
 """What may be said of a rank, the worst in front."""
-USUAL_REASONS = frozenset({"power", "application_clocks", "display_clocks", "sync_boost"})
-"""What holds clocks back with nothing being wrong: full load, and what somebody has set."""
 _LONG_SECONDS, _LONG_STEPS = 10.0, 5.0
 _BUSY_SHARE = 0.03
 
@@ -161,7 +158,7 @@ def _row(rank: int, look: Look, foremost: int | None, stale_seconds: float, has_
 
 
 def _is_throttled(reasons: Any) -> bool:
-    return isinstance(reasons, list) and any(str(reason) not in USUAL_REASONS for reason in reasons)
+    return isinstance(reasons, list) and any(str(reason) in ALARMING_REASONS for reason in reasons)
 
 
 def _is_stuck(state: RankState, pace: float | None) -> bool:
@@ -208,7 +205,7 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if type(value) in (int, float) and math.isfinite(value) else None
+    return float(value) if is_finite(value) else None
 
 
 def _count(value: Any) -> int:

@@ -1,6 +1,7 @@
 """The report in a real browser: it draws, asks nobody for anything, and can be used by keys and on small screens."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def opened(browser: Any) -> Iterator[Open]:
         page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
         page.goto(path.as_uri())
         page.bring_to_front()
-        page.wait_for_function(READY, timeout=60_000)
+        # Not wait_for_function: what it asks a second time is a string, which the page's policy does not run.
+        page.wait_for_selector("html[data-ready]", state="attached", timeout=60_000)
         assert page.evaluate(READY) == "yes"
         return page
 
@@ -246,3 +248,29 @@ def test_paper_is_white_and_the_screen_is_as_before_after_it(opened: Open, repor
     assert page.evaluate("document.documentElement.dataset.theme") == "light"
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+
+
+def test_what_was_logged_before_the_first_step_is_in_the_charts(opened: Open, run_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run_dir, folder)
+    with (folder / "metrics" / "rank-00000.jsonl").open("a") as file:
+        file.write('{"step": 0, "time": 1.0, "before": 2.5}\n{"step": 7, "time": 2.0, "before": 3.5}\n')
+    path = tmp_path / "report.html"
+    path.write_text(make_report(folder))
+    page = opened(path)
+    scale = "(({ min, max }) => ({ min, max }))(rankwiseReport.charts[0].u.scales.x)"
+    assert page.evaluate(scale) == {"min": 0, "max": 400}
+    page.evaluate("rankwiseReport.showSteps(rankwiseReport.data.heat, 5, 50)")
+    assert page.evaluate(scale) == {"min": 5, "max": 50}
+
+
+def test_a_level_with_the_name_of_our_own_mark_is_a_level(opened: Open, run_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run_dir, folder)
+    path = folder / "logs" / "rank-00000.jsonl"
+    record = json.loads(path.read_text().splitlines()[0]) | {"level": "$"}
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    report = tmp_path / "report.html"
+    report.write_text(make_report(folder))
+    assert "1 $" in opened(report).locator("#logs").inner_text()

@@ -58,6 +58,23 @@ def test_a_row_of_many_ranks_shows_the_slowest_of_them(monkeypatch: pytest.Monke
     np.testing.assert_array_equal(made["own"], [[1.5, 1.5], [2.5, 2.5]])
 
 
+def test_a_row_of_ranks_in_step_names_the_one_that_the_others_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heat, "MAX_ROWS", 1)
+    waits = [[0.5, 0.4], [0.1, 0.4], [0.5, 0.1]]
+    ranks = [rank_steps(rank, [1.0, 1.0], communication=wait) for rank, wait in enumerate(waits)]
+    made = picture(ranks, ["communication"], (1, 2))
+    np.testing.assert_array_equal(made["worstRank"], [[1, 2]])
+    np.testing.assert_array_equal(made["own"], [[0.9, 0.9]])
+    np.testing.assert_array_equal(made["atWorst"][0], [[0.1, 0.1]])
+
+
+def test_a_cell_tells_how_long_the_step_took_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heat, "MIN_COLUMNS", 1)
+    monkeypatch.setattr(heat, "MAX_COLUMNS", 1)
+    made = picture([rank_steps(0, [3.0, 2.0], communication=[2.5, 0.0])], ["communication"], (1, 2))
+    assert (made["step"], made["own"], made["worstSeconds"], made["worstStep"]) == ([[3.0]], [[2.0]], [[2.0]], [[1]])
+
+
 def test_a_rank_without_steps_is_a_row_without_values() -> None:
     made = picture([rank_steps(0, [1.0]), rank_steps(1, [])], [], (1, 1))
     np.testing.assert_array_equal(made["step"], [[1.0], [np.nan]])

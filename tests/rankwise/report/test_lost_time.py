@@ -1,16 +1,19 @@
 """Who is blamed for the waiting of the others."""
 
 import numpy as np
+import pytest
 
 from rankwise.report.heat import RankSteps
 from rankwise.report.lost_time import find_blame
 
 
-def run(num_ranks: int, num_steps: int, slow: int | None, phase: str = "data", extra: float = 0.1) -> list[RankSteps]:
+def run(
+    num_ranks: int, num_steps: int, slow: int | None, phase: str = "data", extra: float = 0.1, noise: float = 0.02
+) -> list[RankSteps]:
     """Ranks in step: whoever is done waits in communication."""
     random = np.random.default_rng(0)
     work = {
-        name: 0.1 * (1 + 0.02 * random.standard_normal((num_ranks, num_steps)))
+        name: 0.1 * (1 + noise * random.standard_normal((num_ranks, num_steps)))
         for name in ("data", "forward", "backward")
     }
     if slow is not None:
@@ -46,6 +49,19 @@ def test_of_two_ranks_the_slow_one_is_named() -> None:
 
 def test_noise_blames_nobody() -> None:
     assert find_blame(run(64, 300, slow=None), (11, 310), 3) == []
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_few_ranks_that_are_last_by_turns_blame_nobody(num_ranks: int) -> None:
+    ranks = run(num_ranks, 300, slow=None, noise=0.3)
+    assert find_blame(ranks, (11, 310), 3) == []
+
+
+def test_two_of_eight_that_are_slow_are_both_named() -> None:
+    ranks = run(8, 200, slow=5)
+    late = run(8, 200, slow=2)
+    both = [late[2] if rank.rank == 2 else rank for rank in ranks]
+    assert {blame.rank for blame in find_blame(both, (11, 210), 3)} == {2, 5}
 
 
 def test_one_rank_waits_for_nobody() -> None:

@@ -2,12 +2,13 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 
 from rankwise.report import main, make_report
-from rankwise.telemetry import Start, Steps, Tick, monitor_path, to_json
+from rankwise.telemetry import Event, Start, Steps, Tick, events_path, monitor_path, to_json
 
 
 def write_run(folder: Path, seconds: list[float], rank: int = 0) -> Path:
@@ -103,6 +104,23 @@ def test_damaged_files_leave_a_report_of_the_rest(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{")
     page = make_report(tmp_path)
     assert "run.json cannot be read" in page
+
+
+def test_names_that_are_no_text_are_shown_as_far_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / os.fsdecode(b"run-\xff")
+    write_run(folder, [0.5, 0.6])
+    info = {"command": ["\ud800"], "ranks": [{"rank": 0, "host": "\ud800<b>"}, {"rank": 1, "host": "b"}]}
+    (folder / "run.json").write_text(json.dumps(info))
+    events_path(folder, 0).parent.mkdir()
+    events_path(folder, 0).write_text(to_json(Event("hang", 1.0, 2, "\ud800<b>", [0])) + "\n")
+    assert main([str(folder)]) == 0
+    assert "run-?" in capsys.readouterr().out
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "<title>run-?" in page
+    assert "?&lt;b&gt;" in page
+    assert "<b>" not in page
 
 
 def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:

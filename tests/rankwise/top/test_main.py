@@ -86,6 +86,12 @@ def test_run_without_monitor_shows_its_ranks_and_says_what_is_missing(tmp_path: 
     assert "no rank has written to monitor/ yet" in done.stdout
 
 
+def test_run_that_ended_without_monitor_says_what_was_missing(tmp_path: Path) -> None:
+    rows = [{"rank": 0, "host": "node-a", "device": "cpu"}]
+    (tmp_path / "run.json").write_text(json.dumps({"ranks": rows, "world_size": 1, "ended": 1.8e9}))
+    assert "no rank has written to monitor/; rankwise.Monitor does" in top(str(tmp_path), "--once").stdout
+
+
 def test_damaged_run_json_is_noted(four: Any) -> None:
     (four.folder / "run.json").write_text("{")
     assert "note: run.json cannot be read" in top(str(four.folder), "--once").stdout

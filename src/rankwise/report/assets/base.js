@@ -31,7 +31,7 @@ async function unpack(text) {
   const buffer = await new Response(stream).arrayBuffer();
   const length = new DataView(buffer).getUint32(0, true);
   return JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)), (_, value) => {
-    if (!value || !value.$) return value;
+    if (!value || typeof value.$ !== 'string' || !TYPES[value.$]) return value;  // a log may have a level called "$"
     const array = new TYPES[value.$](buffer, 4 + length + value.at, value.n);
     return value.$ === 'seconds' ? lookedUp(SECONDS, array) : value.$ === 'f16' ? lookedUp(HALVES, array) : array;
   });

@@ -58,10 +58,19 @@ function makeChart({ title, unit = '', x, lines, xText, range = {}, isLinked = f
   plot.addEventListener('blur', () => u.setCursor({ left: -10, top: -10 }));
   if (isLinked) {
     plot.addEventListener('dblclick', () => shared.heat && showSteps(shared.heat, shared.heat.first, shared.heat.last));
-    shared.view.listen(view => u.setScale('x', { min: view.from, max: view.to }));
+    shared.view.listen(view => u.setScale('x', stepRange(view)));
   }
   charts.push({ u, plot, height });
   return { figure, u };
+}
+
+/** The steps that a chart shows: those of the picture, and where that shows its first or last, whatever was logged beyond. */
+function stepRange({ from, to }) {
+  const { first, last } = shared.heat, logged = shared.data.metrics.filter(metric => metric.steps.length);
+  return {
+    min: from > first ? from : Math.min(from, ...logged.map(metric => metric.steps[0])),
+    max: to < last ? to : Math.max(to, ...logged.map(metric => metric.steps[metric.steps.length - 1])),
+  };
 }
 
 /** The values under the cursor; of many lines the extremes. */
@@ -136,6 +145,6 @@ function setLog(all, isLog) {
     u.scales.y.distr = u.logScale ? 3 : 1;
     u.scales.y.log = 10;
     u.setData(u.data, true);
-    if (shared.view.value) u.setScale('x', { min: shared.view.value.from, max: shared.view.value.to });
+    if (shared.view.value) u.setScale('x', stepRange(shared.view.value));
   }
 }

@@ -23,7 +23,8 @@ function cellLines(map, row, column) {
     el('strong', {}, `rank ${cell.rank}, step ${integer(cell.step)}: ${seconds(cell.seconds)}`),
     `${host ? `${host}, ` : ''}local rank ${data.ranks.local_rank[cell.place]}`,
   ];
-  if (places.length > 1 || from !== to) lines.push(`the slowest of ${places.length > 1 ? `${who}, ` : ''}${where}; the middle one ${seconds(cell.typical)}`);
+  if (cell.own < 0.999 * cell.seconds) lines.push(`own work ${seconds(cell.own)}`);
+  if (places.length > 1 || from !== to) lines.push(`the most own work of ${places.length > 1 ? `${who}, ` : ''}${where}; the longest step ${seconds(cell.longest)}, the middle one ${seconds(cell.typical)}`);
   const shown = Object.entries(cell.phases).filter(([, value]) => value > 0).sort((a, b) => b[1] - a[1]);
   for (const [phase, value] of shown) {
     const swatch = el('span', { class: 'swatch', style: { background: phaseColor(phase) } });

@@ -18,7 +18,7 @@ class HeatData {
     this.heat = heat;
     this.ranks = ranks;
     this.measures = new Map([
-      ['step', { label: heat.width > 1 ? 'step time, slowest step' : 'step time', values: heat.step }],
+      ['step', { label: heat.width > 1 ? 'step time, longest step' : 'step time', values: heat.step }],
       ['own', { label: 'own work: step time without communication', values: heat.own }],
     ]);
     if (heat.width > 1) this.measures.set('typical', { label: 'step time, middle step', values: heat.typical });
@@ -44,7 +44,7 @@ class HeatData {
     return {
       rank: this.ranks.rank[place], place,
       step: this.firstStep(column) + heat.worstStep[at], from: this.firstStep(column), to: this.lastStep(column),
-      seconds: heat.step[at], typical: heat.typical[at], own: heat.own[at],
+      seconds: heat.worstSeconds[at], own: heat.own[at], longest: heat.step[at], typical: heat.typical[at],
       phases: Object.fromEntries(heat.phases.map((phase, p) => [phase, heat.atWorst[p][at]])),
       most: Object.fromEntries(heat.phases.map((phase, p) => [phase, heat.most[p][at]])),
     };

@@ -49,8 +49,8 @@ function buildSteps(data) {
   const acts = { 'zoom-in': () => zoom(heat, 0.5), 'zoom-out': () => zoom(heat, 2), 'pan-left': () => pan(heat, -0.5), 'pan-right': () => pan(heat, 0.5), 'zoom-all': () => showSteps(heat, heat.first, heat.last) };
   for (const [id, act] of Object.entries(acts)) $(id).addEventListener('click', act);
   const notes = [];
-  if (heat.width > 1) notes.push(`Each column is ${integer(heat.width)} steps, and shows the slowest of them.`);
-  if (heat.ranksPerRow > 1) notes.push(`Each row is ${integer(heat.ranksPerRow)} ranks, and shows the slowest of them; Enter or the field above lists them.`);
+  if (heat.width > 1) notes.push(`Each column is ${integer(heat.width)} steps, and shows the worst of them.`);
+  if (heat.ranksPerRow > 1) notes.push(`Each row is ${integer(heat.ranksPerRow)} ranks, and shows the worst of them; Enter or the field above lists them.`);
   $('heat-note').textContent = notes.join(' ');
   controlHeatMap(map);
   shared.view.listen(() => { map.redraw(); line.redraw(); });
@@ -75,7 +75,7 @@ function buildLists(data) {
   const { heat } = data;
   const eventOptions = {
     caption: 'Events', rows: data.events, sort: null, page: 20, columns: [
-      { label: 'step', isNumber: true, value: event => event.step, show: event => stepButton(heat, event.step, event.until) },
+      { label: 'step', isNumber: true, value: event => event.step, show: event => stepButton(heat, event.step, event.until, event.since) },
       { label: 'kind', value: event => event.kind.replace('_', ' ') },
       { label: 'what', isWide: true, value: event => event.message },
       { label: 'ranks', isNarrow: true, value: event => ranksAsText(event.ranks), show: event => event.ranks.length ? el('button', { type: 'button', class: 'link', title: 'show these ranks', onclick: () => chooseText(event.ranks.join(',')) }, ranksAsText(event.ranks)) : null },
@@ -85,13 +85,13 @@ function buildLists(data) {
     ],
   };
   place('events', data.events.length ? makeSearchable(eventOptions, event => `${event.kind} ${event.message}`) : null);
-  const gib = value => isNumber(value) ? `${number(value / 2 ** 30)} GiB` : null;
+  const size = value => !isNumber(value) ? null : value < 2 ** 30 ? `${number(value / 2 ** 20)} MiB` : `${number(value / 2 ** 30)} GiB`;
   place('checkpoints', data.checkpoints.length ? makeTable({
     caption: 'Checkpoints', rows: data.checkpoints, page: 20, columns: [
       { label: 'step', isNumber: true, value: saved => saved.step, show: saved => stepButton(heat, saved.step) },
       { label: 'saved (UTC)', value: saved => saved.time, show: saved => moment(saved.time) },
-      { label: 'size', isNumber: true, value: saved => saved.bytes, show: saved => gib(saved.bytes) },
-      { label: 'took', isNumber: true, value: saved => saved.took, show: saved => seconds(saved.took) },
+      { label: 'size', isNumber: true, value: saved => saved.bytes, show: saved => size(saved.bytes) },
+      ...data.checkpoints.some(saved => isNumber(saved.took)) ? [{ label: 'took', isNumber: true, value: saved => saved.took, show: saved => seconds(saved.took) }] : [],
       { label: 'still there', value: saved => saved.isThere ? 'yes' : 'no' },
     ],
   }).element : null);

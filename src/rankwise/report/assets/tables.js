@@ -60,10 +60,10 @@ function makeTable({ caption, columns, rows, sort = null, isDown = false, page =
 }
 
 /** A button that shows in the picture where something happened. */
-function stepButton(heat, step, to) {
+function stepButton(heat, step, to, from = step) {
   if (!isNumber(step)) return null;
   if (!heat) return integer(step);
-  return el('button', { type: 'button', class: 'link', title: 'show in the picture', onclick: () => jumpTo(heat, step, to) }, integer(step));
+  return el('button', { type: 'button', class: 'link', title: 'show in the picture', onclick: () => jumpTo(heat, from, to) }, integer(step));
 }
 
 /** A table of any rows and a field that keeps those with a text in them. */

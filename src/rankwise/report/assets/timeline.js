@@ -11,13 +11,13 @@ const LANES = [
 ];
 const LANE_HEIGHT = 20;
 
-/** Everything that has a step, as marks in lanes. A straggler lasts until the event that ends it. */
+/** Everything that has a step, as marks in lanes. A straggler is one before it is told of, and not until it is told to be over. */
 function findMarks(data) {
   const marks = [];
   for (const event of data.events) {
     if (event.kind.endsWith('_over') || event.kind === 'checkpoint') continue;
     const lane = LANES.some(known => known.name === event.kind) ? event.kind : 'warning';
-    marks.push({ lane, step: event.step, to: event.until ?? event.step, text: event.message });
+    marks.push({ lane, step: event.since ?? event.step, to: event.until ?? event.step, text: event.message });
   }
   for (const saved of data.checkpoints) marks.push({ lane: 'checkpoint', step: saved.step, to: saved.step, text: `checkpoint of step ${integer(saved.step)}` });
   for (const session of data.sessions.slice(1)) marks.push({ lane: 'restart', step: session.step, to: session.step, text: `started again at step ${integer(session.step)}${session.again ? `; ${integer(session.again)} steps were made twice` : ''}` });
