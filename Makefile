@@ -31,6 +31,7 @@ test: $(STAMP)
 	$(PYTEST) -m "not slow"
 
 test-all: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[trackers]'
 	$(PYTEST)
 
 check: $(STAMP)
