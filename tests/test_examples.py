@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from rankwise.runreader import read_run
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 RANKWISE_RUN = [sys.executable, "-m", "rankwise", "run"]
@@ -173,3 +175,15 @@ def test_fsdp_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     assert alone.returncode == 0, alone.stderr
     (later,) = losses(alone.stderr)
     assert said[1] < said[0] > later
+
+
+def test_the_slow_rank_has_late_clips_in_the_steps_that_are_said(tmp_path: Path) -> None:
+    own = ["--slow-rank=1", "--delay-seconds=2", "--delay-steps=1:3"]
+    others = ["--preset=debug", "--num-steps=4", "--eval-every=4", "--save-every=4", "--run-dir", tmp_path / "run"]
+    command = [*RANKWISE_RUN, "--standalone", "--nproc-per-node=2", EXAMPLES / "slow_rank" / "slow_rank.py"]
+    (node,) = run([[*command, *own, *others]], tmp_path)
+    assert node.returncode == 0, node.stderr
+    quick, slow = (read_run(tmp_path / "run").history(rank).phases["data"] for rank in (0, 1))
+    # A busy machine may hold up any other step too, but hardly all of them.
+    assert min(slow[1:3]) > 2 > min(slow[0], slow[3])
+    assert min(quick[1:3]) < 2
