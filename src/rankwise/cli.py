@@ -1,5 +1,4 @@
-"""The `rankwise` command: `run`, `whoami`, `doctor`, `check`, `logs`, `ckpt`, `env`."""
-"""The `rankwise` command: `run`, `whoami`, `doctor`, `logs`, `top`, `report`, `ckpt`, `env`."""
+"""The `rankwise` command: `run`, `whoami`, `doctor`, `check`, `logs`, `top`, `report`, `ckpt`, `env`."""
 
 import importlib
 import sys

@@ -35,23 +35,6 @@ class Tracker:
     Ranks: main process only.
     """
 
-    def __init__(self, run_dir: Path, first_step: int) -> None:
-        self._failed = False
-        # TensorBoard writes in a thread of its own; what fails there would end in a traceback on the console.
-        self._thread_hook = threading.excepthook
-        threading.excepthook = self._thread_failed
-        self._path = run_dir / "metrics" / "rank-00000.jsonl"
-        self._board: SummaryWriter | None = None
-        with self._tolerated():
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            if first_step == 0:
-                _set_aside(self._path)
-            _end_last_line(self._path)
-        with self._tolerated():
-            # Steps after the checkpoint are made again; a fresh run hides whatever an earlier one left.
-            purge_step = first_step + 1 if first_step else 0
-            # rankwise: ignore[RW302] train() makes this object on the main process alone
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
     def __init__(self, run_dir: Path, first_step: int, others: Sequence[trackers.Tracker] = ()) -> None:
         self._file = MetricsFile(run_dir, first_step)
         board = trackers.tensorboard(run_dir / "tensorboard", first_step=first_step)

@@ -63,7 +63,7 @@ def all_reduce() -> None:
 def test_thread_in_a_collective_waits(tmp_path: Path) -> None:
     if dist.get_rank() == 1:
         assert comes_true((tmp_path / "seen").exists)
-        all_reduce()
+        all_reduce()  # rankwise: ignore[RW401] one rank is to be missing
         return
     with thread_in(all_reduce) as ident:
         assert comes_true(lambda: look_at_thread(ident).waits)
