@@ -197,6 +197,8 @@ class Caller(Evaluator):
         plain = Value(data=Thing(inner.data.tag)) if isinstance(inner.data, Thing) else UNKNOWN
         thing = libraries.made(name, plain, made.node.lineno)
         if thing is not None:
+            if thing.tag == "ddp" and constant(made.argument(-1, "broadcast_buffers")) is False:
+                thing = replace(thing, tag="quiet ddp")
             return Value("", varies and thing.tag == "path", None, thing)
         if last in _UNWRAP:
             return Value(data=Thing("bare"))

@@ -38,6 +38,8 @@ def made(name: str, inner: Value, line: int) -> Thing | None:
         return Thing("lightning", inner, line)
     if name == "deepspeed.initialize":
         return Thing("deepspeed", inner, line)
+    if last == "DistributedDataParallel" and name.startswith("apex."):
+        return Thing("quiet ddp", inner, line)
     if last == "fully_shard" and "torch" in name:
         return Thing("fsdp", inner, line)
     tag = _MADE.get(last)
@@ -63,7 +65,7 @@ def attribute(thing: Thing, name: str) -> Value | None:
         return of(_ACCELERATE[name])
     if thing.tag in ("lightning", "fabric") and name in _LIGHTNING:
         return of(_LIGHTNING[name])
-    if name == "module" and thing.tag in ("ddp", "fsdp", "deepspeed"):
+    if name == "module" and thing.tag in ("ddp", "quiet ddp", "fsdp", "deepspeed"):
         return thing.inner if isinstance(thing.inner.data, Thing) else Value(data=Thing("bare"))
     if thing.tag == "loader" and name == "sampler":
         return thing.inner

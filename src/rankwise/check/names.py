@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 
 from rankwise.check import facts, libraries
 from rankwise.check.objects import Bound, ClassRef, Instance, ModuleRef
@@ -132,6 +133,13 @@ class Names:
             return Value(data=Ref(dotted))
         if dotted.split(".")[0] in ("torch", "os"):
             return Value(data=Ref(dotted))
+        # `cfg.local_rank` of an imported `cfg`; were it a function, `hvd.local_rank`, the call would go by its name.
+        known = self._given(node.attr)
+        if known is not None and (known.kind or known.test):
+            return replace(known, data=Ref(dotted))
+        kind = facts.NAMED.get(node.attr)
+        if kind:
+            return of(kind, self.module.step(self.module.text(node), node), Ref(dotted))
         test = facts.named_test(node.attr)
         return Value("", bool(test), None, Ref(dotted))
 
@@ -149,12 +157,18 @@ class Names:
 
     def _loose(self, node: ast.Attribute, base: Value) -> Value:
         """An attribute of an object of which nothing is known, such as parsed arguments or a configuration."""
-        name = node.attr
+        known = self._given(node.attr)
+        if known is not None:
+            return known
+        return self.by_name(node.attr, node) if not isinstance(base.data, Const) else UNKNOWN
+
+    def _given(self, name: str) -> Value | None:
+        """What this file or one that it imports assigns to attributes of this name."""
         for module in (self.module, *self.program.imported_by(self.module)):
             value = module.loose.get(name)
             if value is not None and not (is_const(value) and name in facts.NAMED):
                 return value
-        return self.by_name(name, node) if not isinstance(base.data, Const) else UNKNOWN
+        return None
 
     def by_name(self, name: str, node: ast.expr) -> Value:
         """What a name alone says, where nothing else does."""

@@ -10,7 +10,7 @@ from rankwise.check.trace import Branch, Call, Item, Loop, Trace
 from rankwise.check.values import Atom, Guard, Thing, constant
 
 _RANK_SCOPES = ("rank", "local_rank", "node_rank", "some")
-_JOINS = frozenset({"ddp", "fsdp", "sampler", "accelerator", "fabric", "deepspeed"})
+_JOINS = frozenset({"ddp", "quiet ddp", "fsdp", "sampler", "accelerator", "fabric", "deepspeed"})
 
 
 def many_ranks(program: Program) -> set[Function | None]:
@@ -81,7 +81,7 @@ def _starts(call: Call) -> bool:
     if constant(call.argument(-1, "world_size", "devices")) == 1:
         return False
     thing = libraries.made(call.name, call.function, 0) if call.callee is None else None
-    joined = thing is not None and thing.tag in ("accelerator", "fabric", "ddp")
+    joined = thing is not None and thing.tag in ("accelerator", "fabric", "ddp", "quiet ddp")
     if _is_launched(call):
         return True
     if call.callee is None and call.last in ("main_process_first", "local_main_process_first"):

@@ -140,7 +140,9 @@ class DeviceName:
 
 @dataclass(frozen=True)
 class Thing:
-    """An object of a known library: "ddp", "fsdp", "sampler", "loader", "accelerator", ..."""
+    """An object of a known library: "ddp", "fsdp", "sampler", "loader", "accelerator", ...
+
+    "quiet ddp": a wrapper whose forward does not communicate."""
 
     tag: str
     inner: Value = UNKNOWN
@@ -201,7 +203,7 @@ def join(first: Value, second: Value) -> Value:
     if isinstance(first.data, Thing) and isinstance(second.data, Thing) and first.data.tag == second.data.tag:
         return first
     for one, other in ((first, second), (second, first)):
-        if isinstance(one.data, Thing) and isinstance(other.data, Thing) and one.data.tag == "bare":
+        if isinstance(one.data, Thing) and isinstance(other.data, Thing) and one.data.tag in ("bare", "quiet ddp"):
             return one
         if isinstance(one.data, Thing) and other.data is None and not other.kind and not other.test:
             return one

@@ -296,12 +296,11 @@ class Walker(Caller):
         if path is not None:
             self.variables[path] = value
         base = self.evaluate(target.value)
-        if isinstance(base.data, Instance):
-            table = base.data.of.attributes
-        elif isinstance(base.data, Ref):
+        if isinstance(base.data, Ref) and (
+            not (value.kind or value.test) or base.data.name.startswith(("torch", "os"))
+        ):
             return
-        else:
-            table = self.module.loose
+        table = base.data.of.attributes if isinstance(base.data, Instance) else self.module.loose
         known = table.get(target.attr)
         table[target.attr] = value if known is None else join(known, value)
 

@@ -49,7 +49,9 @@ _FIRST = frozenset(
     ]
 )
 _METHODS = frozenset({"write_text", "write_bytes"})
-_FIRST_OF_METHOD = frozenset({"save_pretrained", "to_csv", "to_json", "to_parquet", "savefig", "to_pickle"})
+_FIRST_OF_METHOD = frozenset(
+    {"save_pretrained", "save_to_disk", "to_csv", "to_json", "to_parquet", "savefig", "to_pickle"}
+)
 _IS_CONFIG = re.compile(r"(?:^|[._])(?:cfg|config)$", re.IGNORECASE)
 _SAME_EVERYWHERE = re.compile(r"token|processor|config|extractor|scheduler|feature", re.IGNORECASE)
 _ON_THIS_NODE = re.compile(r"tmp|temp|cache|scratch|local_dir|/dev/", re.IGNORECASE)

@@ -41,7 +41,7 @@ def check(program: Program) -> Iterator[Finding]:
         traces = program.traces_in(module)
         calls = [call for trace in traces for call in trace.calls]
         wraps = any(
-            isinstance(store.value.data, Thing) and store.value.data.tag == "ddp"
+            isinstance(store.value.data, Thing) and store.value.data.tag in ("ddp", "quiet ddp")
             for one in traces
             for store in one.stores
         )

@@ -109,7 +109,8 @@ def check(program: Program) -> Iterator[Finding]:
 def _is_shuffling(call: Call) -> bool:
     shuffle = call.argument(3, "shuffle")
     is_sampler = call.last == "DistributedSampler" and call.callee is None
-    return is_sampler and constant(shuffle, True) is not False
+    whole = constant(call.argument(1, "num_replicas")) == 1  # as a rule made anew for each epoch's own data
+    return is_sampler and constant(shuffle, True) is not False and not whole
 
 
 def _sets_epoch(program: Program, module: Module) -> bool:
@@ -158,7 +159,7 @@ def _hands_over(traces: list[Trace]) -> bool:
     """Whether a sampler or a loader goes into something that was not given."""
     for trace in traces:
         for call in trace.calls:
-            if call.callee is not None or call.last in _HARMLESS:
+            if call.callee is not None or call.last in _HARMLESS or call.last.endswith("BatchSampler"):
                 continue
             values = (*call.arguments, *call.keywords.values())
             loaders = (one.data for one in values if isinstance(one.data, Thing))

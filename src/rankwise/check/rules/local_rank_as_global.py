@@ -25,6 +25,7 @@ A sampler whose number of replicas is the local world size is right and not repo
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 from rankwise.check.finding import Finding, Severity
@@ -32,9 +33,7 @@ from rankwise.check.program import Program
 from rankwise.check.trace import Call, Trace
 from rankwise.check.values import UNKNOWN, Value
 
-_SEEDS = frozenset(
-    {"manual_seed", "manual_seed_all", "seed", "seed_everything", "set_seed", "set_random_seed", "default_rng"}
-)
+_SEEDS = re.compile(r"(?:\w+_)?seeds?(?:_everything|_all)?|default_rng|seed_(?:torch|numpy|rng|all)\w*")
 
 
 def check(program: Program) -> Iterator[Finding]:
@@ -80,7 +79,7 @@ def _arithmetic(trace: Trace) -> Iterator[Finding]:
     for node, rank, what in trace.shares:
         yield _finding(trace, node, rank, what)
     for call in trace.calls:
-        if call.last in _SEEDS:
+        if _SEEDS.fullmatch(call.last):
             for node in (*call.node.args, *(keyword.value for keyword in call.node.keywords)):
                 held = trace.sums.get(node) or _sum_in(trace, call, node)
                 if held is not None:

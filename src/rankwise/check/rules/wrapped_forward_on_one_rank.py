@@ -39,7 +39,7 @@ from rankwise.check.works import calls_with
 
 _WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp": "FSDP"}
 _RUNS = re.compile(
-    r"(?:.*_)?(?:eval|evaluate|validate|validation|test|infer|inference|predict|sample|generate)(?:_.*)?"
+    r"(?:.*_)?(?:eval|evaluate|validate|validation|test|infer|inference|predict|samples?|generate)(?:_.*)?"
 )
 
 

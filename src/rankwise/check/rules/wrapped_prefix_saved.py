@@ -33,6 +33,6 @@ from rankwise.check.works import calls_with
 def check(program: Program) -> Iterator[Finding]:
     for trace, call in calls_with(program):
         thing = call.receiver.data if call.receiver is not None else None
-        if call.last == "state_dict" and isinstance(thing, Thing) and thing.tag == "ddp":
+        if call.last == "state_dict" and isinstance(thing, Thing) and thing.tag in ("ddp", "quiet ddp"):
             message = 'these names begin with "module."; take the state of .module'
             yield trace.module.finding("RW602", call.node, "info", message)

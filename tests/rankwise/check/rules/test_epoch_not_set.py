@@ -86,3 +86,13 @@ for epoch in range(3):
         step(batch)
 """
     expect("RW501", source)
+
+
+def test_a_sampler_in_a_batch_sampler_is_found(expect: Expect) -> None:
+    made = "DistributedSampler(data)  #! RW501\nbatches = GroupedBatchSampler(sampler, groups, 8)"
+    expect("RW501", f"{HEAD}sampler = {made}\nloader = DataLoader(data, batch_sampler=batches)\n{LOOP}")
+
+
+def test_a_sampler_of_one_replica_is_right(expect: Expect) -> None:
+    made = "DistributedSampler(data, num_replicas=1, rank=0)"
+    expect("RW501", f"{HEAD}sampler = {made}\nloader = DataLoader(data, sampler=sampler)\n{LOOP}")

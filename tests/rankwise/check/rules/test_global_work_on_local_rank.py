@@ -178,3 +178,26 @@ if local_rank == 0:  #! RW201
     writer = TensorboardWriter(folder)
 """
     expect("RW201", source)
+
+
+def test_the_local_rank_of_an_imported_configuration_is_known(expect: Expect) -> None:
+    named = "import torch\nfrom config import cfg\n"
+    expect("RW201", f"{named}if cfg.local_rank == 0:  #! RW201\n    torch.save(state, 'model.pt')\n")
+    given = """
+    import os, torch
+    from config import cfg
+    def main():
+        cfg.gpu = int(os.environ["RANK"]) % torch.cuda.device_count()
+        train(cfg)
+    def train(cfg):
+        if cfg.gpu == 0:  #! RW201
+            torch.save(state, 'model.pt')
+    main()
+    """
+    expect("RW201", given)
+
+
+def test_a_function_that_is_called_local_rank_is_no_number(expect: Expect) -> None:
+    source = "import torch\nimport horovod.torch as hvd\nif hvd.rank() == 0:\n    torch.save(state, 'model.pt')\n"
+    expect("RW201", source)
+    expect("RW201", source.replace("hvd.rank() == 0:", "hvd.local_rank() == 0:  #! RW201"))

@@ -110,3 +110,10 @@ def test_a_seed_of_several_parts_is_found(expect: Expect) -> None:
     head = "import os, torch\nlocal_rank, world_size = int(os.environ['LOCAL_RANK']), int(os.environ['WORLD_SIZE'])\n"
     expect("RW203", f"{head}torch.manual_seed(666 + local_rank + world_size * step)  #! RW203\n")
     expect("RW203", f"{head}torch.manual_seed(666 + local_rank + int(os.environ['NODE_RANK']) * 8)\n")
+
+
+def test_a_seed_of_a_helper_is_found(expect: Expect) -> None:
+    head = (
+        "import os, torch\nlocal_rank = int(os.environ['LOCAL_RANK'])\ndef init_seeds(n):\n    torch.manual_seed(n)\n"
+    )
+    expect("RW203", f"{head}init_seeds(42 + local_rank)  #! RW203\n")

@@ -18,6 +18,7 @@ rank = dist.get_rank()
         "np.save('x.npy', x)",
         "model.save_pretrained(folder)",
         "table.to_csv('x.csv')",
+        "dataset.save_to_disk(folder)",
         "(folder / 'x.json').write_text('{}')",
     ],
 )

@@ -8,7 +8,9 @@ HEAD = (
 )
 
 
-@pytest.mark.parametrize("use", ["model(x)", "model.forward(x)", "model.eval()(x)", "validate(model, loader)"])
+@pytest.mark.parametrize(
+    "use", ["model(x)", "model.forward(x)", "model.eval()(x)", "validate(model, loader)", "save_samples(model)"]
+)
 def test_a_forward_of_the_wrapper_on_one_rank_is_found(expect: Expect, use: str) -> None:
     expect("RW403", f"{HEAD}if dist.get_rank() == 0:\n    y = {use}  #! RW403\n")
 
@@ -89,3 +91,10 @@ if dist.get_rank() == 0:
     model(x)  #! RW403
 """
     expect("RW403", source)
+
+
+@pytest.mark.parametrize(
+    "made", ["DDP(net, broadcast_buffers=False)", "apex.parallel.DistributedDataParallel(net, delay_allreduce=True)"]
+)
+def test_a_wrapper_whose_forward_is_quiet_is_right(expect: Expect, made: str) -> None:
+    expect("RW403", f"import apex\n{HEAD}model = {made}\nif dist.get_rank() == 0:\n    model(x)\n")
