@@ -122,7 +122,7 @@ class Caller(Evaluator):
             callee = method
         lone = any(atom.scope == "single" and atom.which == "main" and atom.sure for atom in made.guard)
         for name, value in self._bind(callee, made).items():
-            if lone and isinstance(value.data, Thing) and value.data.tag in ("ddp", "fsdp"):
+            if lone and isinstance(value.data, Thing) and value.data.tag in ("ddp", "fsdp", "prepared"):
                 value = UNKNOWN  # a lone process has no wrapper
             if value.trail and value.kind:
                 value = value.via(
@@ -202,6 +202,8 @@ class Caller(Evaluator):
             return Value("", varies and thing.tag == "path", None, thing)
         if last in _UNWRAP:
             return Value(data=Thing("bare"))
+        if last == "prepare" and receiver is not None and _tag(receiver) == "accelerator":
+            return _prepared(made)
         if facts.is_varying(name):
             return VARYING
         if name == "torch.device":
@@ -281,6 +283,18 @@ class Caller(Evaluator):
             value = of("spawn_rank")
         self.trace.reads_rank |= value.kind in RANKS or value.test is not None
         return value.via(self.module.text(made.node), self.module.path, made.node.lineno)
+
+
+def _tag(value: Value) -> str:
+    return value.data.tag if isinstance(value.data, Thing) else ""
+
+
+def _prepared(made: Call) -> Value:
+    """What `accelerator.prepare` gives: which of it is the model is not known until something calls it."""
+    if made.keywords or any(isinstance(one, ast.Starred) for one in made.node.args):
+        return UNKNOWN
+    items = [Value(data=Thing("prepared")) if _tag(one) in ("", "prepared") else UNKNOWN for one in made.arguments]
+    return items[0] if len(items) == 1 else holding(Many(tuple(items)), items)
 
 
 def _of_thing(made: Call) -> Value | None:

@@ -100,6 +100,15 @@ NAMED: dict[str, Kind] = {
     "nnodes": "num_nodes",
 }
 """Attribute or parameter of which nothing else is known -> what its name says."""
+CONSTANTS: dict[str, Kind] = {
+    "RANK": "rank",
+    "GLOBAL_RANK": "rank",
+    "LOCAL_RANK": "local_rank",
+    "NODE_RANK": "node_rank",
+    "WORLD_SIZE": "world_size",
+    "LOCAL_WORLD_SIZE": "local_world_size",
+}
+"""Those of modules that were not given, read from the environment there."""
 
 _MAIN = re.compile(
     r"_?(?:is_|on_|am_i_)*(?:global_|world_|the_)?(?:main|master|primary|chief|root|lead|leader|(?:rank|global|process)_?"

@@ -65,7 +65,7 @@ def attribute(thing: Thing, name: str) -> Value | None:
         return of(_ACCELERATE[name])
     if thing.tag in ("lightning", "fabric") and name in _LIGHTNING:
         return of(_LIGHTNING[name])
-    if name == "module" and thing.tag in ("ddp", "quiet ddp", "fsdp", "deepspeed"):
+    if name == "module" and thing.tag in ("ddp", "quiet ddp", "prepared", "fsdp", "deepspeed"):
         return thing.inner if isinstance(thing.inner.data, Thing) else Value(data=Thing("bare"))
     if thing.tag == "loader" and name == "sampler":
         return thing.inner

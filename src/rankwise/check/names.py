@@ -6,6 +6,7 @@ import ast
 from dataclasses import replace
 
 from rankwise.check import facts, libraries
+from rankwise.check.finding import Step
 from rankwise.check.objects import Bound, ClassRef, Instance, ModuleRef
 from rankwise.check.program import Program
 from rankwise.check.source import Class, Function, Module
@@ -84,7 +85,9 @@ class Names:
     def _imported(self, dotted: str) -> Value:
         found = self.program.lookup(dotted, self.module)
         if found is None:
-            return Value(data=Ref(self.program.outside(dotted, self.module)))
+            outside = self.program.outside(dotted, self.module)
+            kind = facts.CONSTANTS.get(outside.rpartition(".")[2])
+            return of(kind, Step(outside, self.module.path, 1), Ref(outside)) if kind else Value(data=Ref(outside))
         if isinstance(found, Module):
             return Value(data=ModuleRef(found))
         return found if isinstance(found, Value) else self._wrap(found)
@@ -137,7 +140,7 @@ class Names:
         known = self._given(node.attr)
         if known is not None and (known.kind or known.test):
             return replace(known, data=Ref(dotted))
-        kind = facts.NAMED.get(node.attr)
+        kind = facts.NAMED.get(node.attr) or facts.CONSTANTS.get(node.attr)
         if kind:
             return of(kind, self.module.step(self.module.text(node), node), Ref(dotted))
         test = facts.named_test(node.attr)

@@ -60,6 +60,8 @@ def _forward(call: Call) -> str | None:
     wrapper = _wrapper(call.function)
     if wrapper:
         return wrapper
+    if isinstance(call.function.data, Thing) and call.function.data.tag == "prepared":
+        return "prepared model's"  # only where it is called: a function that it goes into may unwrap it
     if call.last in ("forward", "generate") and call.receiver is not None and _wrapper(call.receiver):
         return _wrapper(call.receiver) if call.last == "forward" else None
     if call.callee is None and _RUNS.fullmatch(call.last):

@@ -231,3 +231,15 @@ else:
     train(rank=torch.device("cuda"))
 """
     expect("RW101", source)
+
+
+def test_constants_of_modules_that_were_not_given_are_known_by_name(expect: Expect) -> None:
+    source = """
+    import torch
+    from tool.utils import LOCAL_RANK, RANK
+    torch.cuda.set_device(LOCAL_RANK)
+    torch.cuda.set_device(RANK)  #! RW101
+    """
+    expect("RW101", source)
+    expect("RW101", "import torch\nfrom tool import utils\ntorch.cuda.set_device(utils.RANK)  #! RW101\n")
+    expect("RW101", source.replace("  #! RW101", ""), **{"tool/utils": "import os\nRANK = LOCAL_RANK = 0\n"})

@@ -98,3 +98,22 @@ if dist.get_rank() == 0:
 )
 def test_a_wrapper_whose_forward_is_quiet_is_right(expect: Expect, made: str) -> None:
     expect("RW403", f"import apex\n{HEAD}model = {made}\nif dist.get_rank() == 0:\n    model(x)\n")
+
+
+PREPARED = """
+from accelerate import Accelerator
+accelerator = Accelerator()
+model, optimizer = accelerator.prepare(model, optimizer)
+if accelerator.is_main_process:
+"""
+
+
+def test_a_forward_of_a_prepared_model_on_one_rank_is_found(expect: Expect) -> None:
+    expect("RW403", f"{PREPARED}    model(x)  #! RW403\n")
+
+
+@pytest.mark.parametrize(
+    "use", ["accelerator.unwrap_model(model)(x)", "model.module(x)", "log_validation(model, accelerator)"]
+)
+def test_what_may_unwrap_a_prepared_model_is_right(expect: Expect, use: str) -> None:
+    expect("RW403", f"{PREPARED}    {use}\n")
