@@ -19,6 +19,9 @@ _MANY_NODES = re.compile(
     r"node_rank|nnodes|num_nodes|num_machines|machine_rank|n_nodes|NODE_RANK|nodes_num|node_id|args\.nodes"
 )
 
+_UNWRAPS = re.compile(r"(?<![\w.])(?!self\.)\w+\s*\.module\b|unwrap_model|unwrap_ddp|de_parallel")
+"""What a line has in which a wrapper is taken off."""
+
 _RUNS_IT = re.compile(r"(?:^|\.)(?:app\.run|Fire|typer\.run|tyro\.cli)$")
 """What calls the function that it is given, on every rank that comes there."""
 
@@ -150,7 +153,11 @@ def _unwrapped(module: Module) -> set[str]:
     """The names that a file takes a wrapper off: `model.module`, `unwrap_model(model)`."""
     if module.unwrapped is None:
         module.unwrapped = set()
-        is_named = any(".module" in line or "unwrap" in line or "de_parallel" in line for line in module.lines)
+        is_named = any(
+            _UNWRAPS.search(line)
+            for line in module.lines
+            if ".module" in line or "unwrap" in line or "de_parallel" in line
+        )
         for node in ast.walk(module.tree) if is_named else ():
             if isinstance(node, ast.Attribute) and node.attr == "module" and isinstance(node.value, ast.Name):
                 module.unwrapped.add(node.value.id)

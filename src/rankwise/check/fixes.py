@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import gc
 import os
 import re
 import stat
@@ -28,6 +29,7 @@ def mend(texts: Mapping[str, str], find: Callable[[Mapping[str, str]], list[Find
     current = dict(texts)
     refused: set[tuple[str, tuple[Edit, ...]]] = set()
     for _ in range(MAX_PASSES):
+        gc.collect()  # the trees of the last pass; a check collects nothing
         by_path: dict[str, list[Finding]] = {}
         for finding in find(current):
             if finding.edits and (finding.path, finding.edits) not in refused:
