@@ -3,15 +3,15 @@
     python benchmarks/monitor.py
     python benchmarks/monitor.py --device cuda
 
-Steps are made as long as asked for (20 ms), and come in blocks: one with a Monitor open, with phases, DDP watched, the
-device read and lines written once a second, and one with the same code and none open, whichever is first by turns.
-What the calls cost by themselves, and what the threads use, is measured too: it is far below what else a machine does.
+Steps are made as long as asked for (20 ms). A Monitor is open, reads the device and writes its lines; in one step of
+two, by turns the first and the second, phases, DDP's hooks and `step` are in force, in the other they are not. Steps
+beside each other are compared, for what else a machine does moves them by more than what is measured here. What the
+Monitor's threads use meanwhile is measured by itself, and counts as if no core were free for it.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.metadata
 import json
 import logging
@@ -23,7 +23,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,24 +34,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rankwise
 from rankwise import monitor
+from rankwise.monitor import current
+from rankwise.monitor.ddp import DdpWaits
 
 MOST_PERCENT = 0.5
 """What rankwise promises that a Monitor costs, of a step of 20 ms."""
 WIDTH, NUM_LAYERS = 256, 12
-NUM_CALLS, NUM_ROUNDS = 50, 60
-THREADS_SECONDS = 10.0
+WARM_UP_STEPS = 100
 THREADS = ("rankwise-monitor", "rankwise-watchdog")
-
-
-@dataclass(frozen=True)
-class Block:
-    """Milliseconds of a step in one block of steps."""
-
-    wall: float
-    cpu: float
-    """Processor time of all threads of the process."""
-    thread: float
-    """Processor time of the thread that trains."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +49,9 @@ class Result:
     """What was found."""
 
     step_ms: float
-    ratios_wall: list[float]
-    ratios_cpu: list[float]
-    calls_us: float
-    """What a step costs the training thread more: its phases, DDP's hooks, and the step itself."""
+    """Without the calls."""
+    added_us: list[float]
+    """What a step with the calls took more than the one beside it: wall time."""
     threads_ms_per_second: float | None
     """Processor time of the Monitor's threads."""
 
@@ -71,7 +59,7 @@ class Result:
     def added_percent(self) -> float:
         """Calls and threads, as if both came on top of the step: as where no core is free."""
         threads = (self.threads_ms_per_second or 0.0) / 1e3
-        return 100 * (self.calls_us / 1e3 / self.step_ms + threads)
+        return 100 * (statistics.median(self.added_us) / 1e3 / self.step_ms + threads)
 
 
 class Work:
@@ -95,7 +83,7 @@ class Work:
         self._batch_size = batch_size
         for _ in range(4 if step_ms is not None else 0):  # the cost is not quite in proportion
             assert step_ms is not None, "asked above"
-            now_ms = self.block(10).wall
+            now_ms = statistics.median(self.timed_step() for _ in range(20))
             self._batch_size = max(1, round(self._batch_size * step_ms / now_ms))
 
     def step(self) -> None:
@@ -111,68 +99,52 @@ class Work:
             self._optimizer.zero_grad()
         monitor.step()
 
-    def block(self, num_steps: int) -> Block:
-        """So many steps, timed together; the device is waited for at both ends only."""
+    def timed_step(self) -> float:
+        """One; gives its milliseconds, with all that the device has to do for it."""
+        self._synchronize()
+        begin = time.perf_counter()
         self.step()
         self._synchronize()
-        wall, cpu, thread = time.perf_counter(), time.process_time(), time.thread_time()
-        for _ in range(num_steps):
-            self.step()
-        self._synchronize()
-        scale = 1e3 / num_steps
-        return Block(
-            (time.perf_counter() - wall) * scale,
-            (time.process_time() - cpu) * scale,
-            (time.thread_time() - thread) * scale,
-        )
+        return (time.perf_counter() - begin) * 1e3
 
     def _synchronize(self) -> None:
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
 
 
-@contextlib.contextmanager
-def watched(session: rankwise.Session, work: Work) -> Iterator[rankwise.Monitor]:
-    """With a Monitor as a person has it."""
-    with rankwise.Monitor(session) as opened:
-        opened.watch(work.ddp)
-        yield opened
-
-
 def measure(session: rankwise.Session, options: argparse.Namespace) -> Result:
     work = Work(session.device, options.step_ms)
-    pairs: list[tuple[Block, Block]] = []
-    for number in range(options.pairs + 1):
-        blocks: dict[bool, Block] = {}
-        for is_watched in (True, False) if number % 2 else (False, True):
-            with watched(session, work) if is_watched else contextlib.nullcontext():
-                blocks[is_watched] = work.block(options.block_steps)
-        if number:  # the first warms up
-            pairs.append((blocks[True], blocks[False]))
+    with rankwise.Monitor(session) as opened:
+        for _ in range(WARM_UP_STEPS):
+            step_ms(work, opened, is_measured=True)
+        pairs: list[tuple[float, float]] = []
+        threads = ThreadsTime()
+        for number in range(options.pairs):
+            took: dict[bool, float] = {}
+            for is_measured in (True, False) if number % 2 else (False, True):
+                took[is_measured] = step_ms(work, opened, is_measured=is_measured)
+            pairs.append((took[True], took[False]))
             if sys.stderr.isatty():
-                print(f"\r{number}/{options.pairs}", end="", file=sys.stderr)
-    with watched(session, work):
-        threads = threads_ms_per_second(work)
+                print(f"\r{number + 1}/{options.pairs}", end="", file=sys.stderr)
+        used = threads.per_second()
     return Result(
-        step_ms=statistics.median(without.wall for _, without in pairs),
-        ratios_wall=[one.wall / without.wall for one, without in pairs],
-        ratios_cpu=[one.cpu / without.cpu for one, without in pairs],
-        calls_us=calls(session),
-        threads_ms_per_second=threads,
+        step_ms=statistics.median(without for _, without in pairs),
+        added_us=[1e3 * (one - without) for one, without in pairs],
+        threads_ms_per_second=used,
     )
 
 
-def calls(session: rankwise.Session) -> float:
-    """Microseconds that the Monitor adds to the training thread: phases, hooks in DDP and all, in a tiny step."""
-    work = Work(session.device, num_layers=1, batch_size=1)
-    added = []
-    for _ in range(NUM_ROUNDS):
-        with watched(session, work):
-            one = work.block(NUM_CALLS)
-        without = work.block(NUM_CALLS)
-        # Of this thread's own time, where the whole step is in it: others on the machine do not count.
-        added.append(one.thread - without.thread if session.device.type == "cpu" else one.wall - without.wall)
-    return statistics.median(added) * 1e3
+def step_ms(work: Work, opened: rankwise.Monitor, *, is_measured: bool) -> float:
+    """Milliseconds of a step. Hooks are set and taken away before both kinds, so that both begin in the same state."""
+    waits = DdpWaits(work.ddp, opened.timeline)
+    if not is_measured:
+        waits.close()
+        current.set_open(None)  # as where no Monitor is: phases and steps do nothing
+    try:
+        return work.timed_step()
+    finally:
+        waits.close()
+        current.set_open(opened)
 
 
 def threads_ms() -> float | None:
@@ -188,37 +160,45 @@ def threads_ms() -> float | None:
     return used_ns / 1e6
 
 
-def threads_ms_per_second(work: Work) -> float | None:
-    """What the Monitor's threads use while a model is trained."""
-    begin, before = time.perf_counter(), threads_ms()
-    while time.perf_counter() - begin < THREADS_SECONDS:
-        work.block(10)
-    after, seconds = threads_ms(), time.perf_counter() - begin
-    return None if before is None or after is None else (after - before) / seconds
+class ThreadsTime:
+    """What the Monitor's threads use from now on."""
 
+    def __init__(self) -> None:
+        self._begin, self._before = time.perf_counter(), threads_ms()
 
-def quartiles(ratios: list[float]) -> tuple[float, float, float]:
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return low, middle, high
+    def per_second(self) -> float | None:
+        """Milliseconds in each second."""
+        after, seconds = threads_ms(), time.perf_counter() - self._begin
+        return None if self._before is None or after is None else (after - self._before) / seconds
 
 
 def table(result: Result) -> Table:
     shown = Table(title=f"a step of {result.step_ms:.1f} ms", title_justify="left", title_style="", box=None)
-    shown.add_column("with a Monitor / without")
-    for name in ("first quartile", "median", "third quartile", "blocks"):
+    shown.add_column("more in a step with a Monitor")
+    for name in ("first quartile", "median", "third quartile", "pairs"):
         shown.add_column(name, justify="right")
-    for name, ratios in (("wall time", result.ratios_wall), ("processor time", result.ratios_cpu)):
-        shown.add_row(name, *(f"{each:.4f}" for each in quartiles(ratios)), str(len(ratios)))
+    quartiles = statistics.quantiles(result.added_us, n=4)
+    shown.add_row("wall time, us", *(f"{each:.0f}" for each in quartiles), str(len(result.added_us)))
+    shown.add_row("of the step, %", *(f"{each / result.step_ms / 10:.2f}" for each in quartiles), "")
     return shown
 
 
 def verdict(result: Result) -> str:
     threads = "?" if result.threads_ms_per_second is None else f"{result.threads_ms_per_second:.2f}"
     kept = "kept" if result.added_percent < MOST_PERCENT else "NOT KEPT"
+    low, high = median_bounds(result.added_us)
     return (
-        f"calls {result.calls_us:.1f} us a step, threads {threads} ms a second: together "
-        f"{result.added_percent:.2f} % of this step, at most {MOST_PERCENT} % promised: {kept}"
+        f"calls {statistics.median(result.added_us):.0f} us a step (19 of 20 such medians: {low:.0f} to {high:.0f}), "
+        f"threads {threads} ms a second: together {result.added_percent:.2f} % of this step, at most {MOST_PERCENT} % "
+        f"promised: {kept}"
     )
+
+
+def median_bounds(values: list[float]) -> tuple[float, float]:
+    """Where the median would come out in 19 of 20 such runs, by order statistics."""
+    ordered, num = sorted(values), len(values)
+    reach = 0.98 * num**0.5
+    return ordered[max(0, round(num / 2 - reach))], ordered[min(num - 1, round(num / 2 + reach))]
 
 
 def versions() -> dict[str, str]:
@@ -232,12 +212,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What a Monitor costs a training step.")
     parser.add_argument("--device", default="cpu", help="cpu, or the type of an accelerator, such as cuda")
     parser.add_argument("--step-ms", type=float, default=20.0, help="about how long a step shall be")
-    parser.add_argument("--block-steps", type=int, default=100, help="steps in a block: two seconds of 20 ms")
-    parser.add_argument("--pairs", type=int, default=30, help="blocks with and without")
+    parser.add_argument("--pairs", type=int, default=2000, help="steps with, and as many without")
     parser.add_argument("--json", action="store_true", help="one object instead of the table")
     parsed = parser.parse_args(arguments)
-    if parsed.pairs < 2 or parsed.block_steps < 1 or parsed.step_ms <= 0:
-        parser.error("--pairs has to be 2 or more, --block-steps 1 or more, --step-ms more than 0")
+    if parsed.pairs < 2 or parsed.step_ms <= 0:
+        parser.error("--pairs has to be 2 or more, --step-ms more than 0")
     return parsed
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from rankwise.monitor.clocks import HostClock
 from rankwise.monitor.ddp import DdpWaits, find_ddp
@@ -101,7 +102,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         timeline.step()
-    return list(timeline.finished)
+    return timeline.take()
 
 
 def communication(steps: list[FinishedStep]) -> list[float]:
@@ -132,6 +133,49 @@ def test_the_rank_that_waits_for_gradients_is_told_from_the_late_one(options: di
     timeline = Timeline(HostClock())
     DdpWaits(ddp, timeline)
     # Rank 0 is late after the broadcast of the buffers, so that only the gradients are waited for.
+    check_the_one_who_waits(train(ddp, timeline, late=0, late_in="forward"), late=0)
+
+
+class Checkpointed(nn.Module):
+    """A model that computes its layers again in the backward pass."""
+
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(32, 64)
+        self.second = nn.Linear(64, 8)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Any:
+        # Inputs of the reentrant kind need a gradient, or there is none of what is inside.
+        for layer in (self.first, self.second):
+            x = checkpoint(layer, x.requires_grad_(), use_reentrant=self.use_reentrant)
+        return x
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@on_ranks(2)
+def test_checkpointed_layers_are_measured(use_reentrant: bool) -> None:
+    torch.manual_seed(0)
+    ddp = DistributedDataParallel(Checkpointed(use_reentrant))
+    timeline = Timeline(HostClock())
+    DdpWaits(ddp, timeline)
+    check_the_one_who_waits(train(ddp, timeline, late=0, late_in="forward"), late=0)
+
+
+@on_ranks(2)
+def test_frozen_parameters_and_other_gradients_are_no_hindrance() -> None:
+    """The first are frozen; and gradients that are asked for beside the backward pass change nothing."""
+    ddp = make()
+    parameters = list(ddp.parameters())
+    frozen = copy.deepcopy(ddp.module)
+    frozen.layers[0].requires_grad_(False)
+    partly = DistributedDataParallel(frozen, bucket_cap_mb=0.01)
+    timeline = Timeline(HostClock())
+    DdpWaits(partly, timeline)
+    check_the_one_who_waits(train(partly, timeline, late=0, late_in="forward"), late=0)
+
+    DdpWaits(ddp, timeline)
+    torch.autograd.grad(unpack(ddp.module(torch.randn(16, 32))).sum(), parameters)
     check_the_one_who_waits(train(ddp, timeline, late=0, late_in="forward"), late=0)
 
 
@@ -193,7 +237,7 @@ def test_accumulated_batches_wait_in_the_last_alone() -> None:
             loss.backward()  # type: ignore[no-untyped-call]
             timeline.leave("backward")
         timeline.step()
-    first, last = timeline.finished
+    first, last = timeline.take()
     # The buffers come once, at the beginning; rank 1 waits for rank 0's two naps in its second pass.
     assert first.phases["communication"] < WAITED_SECONDS
     assert (last.phases["communication"] > 2 * WAITED_SECONDS) == (dist.get_rank() == 1)
@@ -303,17 +347,18 @@ def test_another_threads_passes_count_nothing() -> None:
     assert timeline.position().number == num_signs
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("is_outside", [True, False])
 @on_ranks(2, timeout_seconds=300.0)
-def test_a_compiled_module_is_found_and_measured(is_outside: bool) -> None:
+def test_a_compiled_module_is_found_and_measured(is_outside: bool, backend: str) -> None:
     torch.manual_seed(0)
     layers = Packed("tensor").layers
     if is_outside:
         ddp = DistributedDataParallel(layers)
-        compiled = torch.compile(ddp, backend="eager")
+        compiled = torch.compile(ddp, backend=backend)
         assert isinstance(compiled, nn.Module)
     else:
-        compiled = ddp = DistributedDataParallel(torch.compile(layers, backend="eager"))
+        compiled = ddp = DistributedDataParallel(torch.compile(layers, backend=backend))
     assert find_ddp(compiled) is ddp
     timeline = Timeline(HostClock())
     DdpWaits(ddp, timeline)

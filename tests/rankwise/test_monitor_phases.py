@@ -52,6 +52,7 @@ class Ticking:
     """A host's clock that a test moves."""
 
     kind = "host"
+    is_for_any_thread = True
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -88,7 +89,7 @@ def test_a_phase_has_its_own_time_and_the_rest_is_other() -> None:
     timeline.leave("backward")
     clock.now = 63
     timeline.step()
-    (step,) = timeline.finished
+    (step,) = timeline.take()
     assert step.number == 1
     assert step.seconds == 63
     assert step.phases == {"other": 34, "data": 1, "backward": 20, "communication": 8}
@@ -108,7 +109,7 @@ def test_the_first_step_begins_with_its_first_phase_and_the_next_with_the_end_of
         clock.now += 1
         timeline.step()
         clock.now += 2
-    first, second = timeline.finished
+    first, second = timeline.take()
     assert (first.seconds, first.phases["other"], first.phases["forward"]) == (6, 1, 5)
     assert (second.seconds, second.phases["other"], second.phases["forward"]) == (8, 3, 5)
     assert "communication" not in first.phases
@@ -119,7 +120,7 @@ def test_a_loop_without_phases_is_other_from_the_start() -> None:
     timeline = Timeline(clock)
     clock.now = 4
     timeline.step()
-    assert timeline.finished[0].phases == {"other": 4}
+    assert timeline.take()[0].phases == {"other": 4}
 
 
 def test_a_phase_that_goes_on_over_a_step_counts_in_both() -> None:
@@ -131,7 +132,7 @@ def test_a_phase_that_goes_on_over_a_step_counts_in_both() -> None:
     clock.now = 5
     timeline.leave("epoch")
     timeline.step()
-    assert [step.phases["epoch"] for step in timeline.finished] == [2, 3]
+    assert [step.phases["epoch"] for step in timeline.take()] == [2, 3]
 
 
 def test_phases_that_an_error_left_open_end_with_the_one_around_them() -> None:
@@ -146,7 +147,7 @@ def test_phases_that_an_error_left_open_end_with_the_one_around_them() -> None:
     timeline.leave("backward")
     clock.now = 7
     timeline.step()
-    (step,) = timeline.finished
+    (step,) = timeline.take()
     assert step.phases["communication"] == 1
     assert step.phases["backward"] == 2
     assert step.phases["other"] == 4
@@ -174,7 +175,7 @@ def test_phases_in_other_threads_count_nothing() -> None:
     thread.join()
     clock.now = 3
     timeline.step()
-    assert timeline.finished[0].phases == {"forward": 3, "other": 0}
+    assert timeline.take()[0].phases == {"forward": 3, "other": 0}
 
 
 def test_the_thread_that_makes_the_steps_is_the_training_thread() -> None:
@@ -191,14 +192,14 @@ def test_the_thread_that_makes_the_steps_is_the_training_thread() -> None:
     thread = threading.Thread(target=train)
     thread.start()
     thread.join()
-    assert timeline.finished[1].phases["forward"] == 2
+    assert timeline.take()[1].phases["forward"] == 2
 
 
 def test_steps_are_counted_on_or_get_the_number_that_is_said() -> None:
     timeline = Timeline(Ticking(), step=7)
     assert timeline.position().step == 7
     assert [timeline.step(), timeline.step(20), timeline.step()] == [8, 20, 21]
-    assert [step.number for step in timeline.finished] == [8, 20, 21]
+    assert [step.number for step in timeline.take()] == [8, 20, 21]
 
 
 def test_the_position_tells_phase_collective_and_age() -> None:
@@ -230,13 +231,13 @@ def test_on_a_device_times_are_those_of_its_stream_and_nobody_waits_for_it() -> 
         timeline.enter("forward")
         timeline.leave("forward")
         timeline.step()
-    assert not timeline.finished
+    assert not timeline.take()
     # The event at the beginning, then `other`, data, `other`, forward, `other`: five moments in a step.
     device.work(0, 3)  # opening, beginning of the first step, beginning of data
     for seconds in (0, 0, 3, 0, 0, 0, 0, 4, 0):
         device.work(seconds, 1)
     timeline.resolve()
-    first, second = timeline.finished
+    first, second = timeline.take()
     assert first.phases == {"other": 0, "data": 0, "forward": 3}
     assert second.phases == {"other": 0, "data": 0, "forward": 4}
 
@@ -249,10 +250,10 @@ def test_steps_come_in_order_once_the_device_has_come_to_their_end() -> None:
     opening, first, second = device.queued
     opening.at, second.at = 0.0, 3.0
     timeline.resolve()
-    assert not timeline.finished
+    assert not timeline.take()
     first.at = 1.0
     timeline.resolve()
-    assert [(step.number, step.seconds) for step in timeline.finished] == [(1, 1.0), (2, 2.0)]
+    assert [(step.number, step.seconds) for step in timeline.take()] == [(1, 1.0), (2, 2.0)]
 
 
 def test_events_are_used_again() -> None:
@@ -266,7 +267,7 @@ def test_events_are_used_again() -> None:
     assert device.num_events < 12
     device.work(0.1)
     timeline.drain(1.0)
-    assert len(timeline.finished) == 100
+    assert len(timeline.take()) == 100
 
 
 def test_a_device_far_behind_costs_bounded_memory_and_its_steps_are_untimed() -> None:
@@ -279,8 +280,9 @@ def test_a_device_far_behind_costs_bounded_memory_and_its_steps_are_untimed() ->
     assert device.num_events == 100
     device.work(1.0)
     timeline.drain(1.0)
-    assert timeline.num_untimed + len(timeline.finished) == 200
-    assert 10 < len(timeline.finished) < 40
+    num_timed = len(timeline.take())
+    assert timeline.num_untimed + num_timed == 200
+    assert 10 < num_timed < 40
     # It has caught up.
     timeline.step()
     timeline.enter("forward")
@@ -288,7 +290,7 @@ def test_a_device_far_behind_costs_bounded_memory_and_its_steps_are_untimed() ->
     timeline.step()
     device.work(1.0)
     timeline.drain(1.0)
-    assert timeline.finished[-1].number == 202
+    assert timeline.take()[-1].number == 202
 
 
 def test_steps_that_the_device_does_not_come_to_are_given_up() -> None:
@@ -316,7 +318,7 @@ def test_a_step_in_which_a_graph_is_captured_is_untimed_and_touches_no_event() -
     timeline.step()
     device.work(1.0)
     timeline.drain(1.0)
-    assert [step.number for step in timeline.finished] == [1, 3]
+    assert [step.number for step in timeline.take()] == [1, 3]
     assert timeline.num_untimed == 1
 
 
@@ -339,10 +341,10 @@ def test_a_step_that_never_ends_costs_bounded_memory(host: bool, monkeypatch: py
         clock.now += 1
         device.work(1.0)
         timeline.leave("forward")
-        assert len(timeline._marks) <= 64 + 3
+        assert len(timeline._moments) <= 64 + 3
     assert device.num_events <= 64 + 5
     device.work(1.0)
     timeline.step()
     device.work(0)
     timeline.drain(1.0)
-    assert timeline.finished[0].phases["forward"] == pytest.approx(1000)
+    assert timeline.take()[0].phases["forward"] == pytest.approx(1000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import operator
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,13 +20,12 @@ Mark = Any
 
 
 class Clock(Protocol):
-    """Moments that are noted now, and how far they lie apart, which may be known later only.
-
-    All of it is called in the training thread.
-    """
+    """Moments that are noted now, and how far they lie apart, which may be known later only."""
 
     kind: str
     """`host` or `device`, as in `telemetry.Start.clock`."""
+    is_for_any_thread: bool
+    """Whether moments are reached at once and may be asked about anywhere; otherwise all is for the training thread."""
 
     def mark(self) -> Mark | None:
         """This moment; None where it cannot be noted."""
@@ -47,13 +47,14 @@ class HostClock:
     """The processor's clock: a moment is passed as soon as it is noted."""
 
     kind = "host"
+    is_for_any_thread = True
     mark: Callable[[], float] = staticmethod(time.perf_counter)
 
     def is_reached(self, mark: float) -> bool:
         return True
 
     def seconds(self, marks: Sequence[float]) -> list[float]:
-        return [later - earlier for earlier, later in itertools.pairwise(marks)]
+        return list(map(operator.sub, marks[1:], marks))
 
     def free(self, marks: Sequence[float | None]) -> None:
         pass
@@ -78,6 +79,7 @@ class DeviceClock:
     """
 
     kind = "device"
+    is_for_any_thread = False
 
     def __init__(
         self,

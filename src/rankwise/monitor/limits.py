@@ -50,7 +50,8 @@ class Limits:
 
         Ranks: local.
         """
-        self._longest[phase] = max(seconds, self._longest.get(phase, 0.0))
+        if seconds > self._longest.get(phase, -1.0):
+            self._longest[phase] = seconds
 
     def learn(self, phase: str | None, seconds: float) -> None:
         """Know that the whole of this phase in a finished step took so long.

@@ -12,7 +12,7 @@ from torch import nn
 from rankwise import session as sessions
 from rankwise.errors import RankwiseError
 from rankwise.group import at_session_end
-from rankwise.logs import get_logger
+from rankwise.logs import get_logger, set_step
 from rankwise.monitor import current
 from rankwise.monitor.accelerators import ProcessSensor, find_sensor
 from rankwise.monitor.arguments import check_arguments
@@ -165,7 +165,7 @@ class Monitor:
         Ranks: local; in the thread that trains.
         """
         if not self._is_closed:
-            self._session.set_step(self.timeline.step(number))
+            set_step(self.timeline.step(number))
             if self._sampler.is_allocator_due:
                 self._sampler.note_allocator()
 

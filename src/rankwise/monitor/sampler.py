@@ -151,7 +151,7 @@ class Sampler:
         self._recorder.write([start])
 
     def _sample(self) -> None:
-        steps = self._take_steps()
+        steps = self._timeline.take()
         # What cannot judge the steps, or read the device, must not keep them from the file.
         self._tolerate("slow and stuck ranks", lambda: [self._on_step(step) for step in steps])
         self._tolerate("slow ranks", self._on_look)
@@ -187,10 +187,6 @@ class Sampler:
     def _remember(self, readings: Mapping[str, Any]) -> None:
         self._last_readings = {**self._last_readings, **readings}
         self._reasons |= dict.fromkeys(readings.get("throttle_reasons", ()), time.monotonic())
-
-    def _take_steps(self) -> list[FinishedStep]:
-        finished = self._timeline.finished
-        return [finished.popleft() for _ in range(len(finished))]
 
     def _tolerate(self, what: str, call: Callable[[], object]) -> None:
         try:

@@ -19,11 +19,20 @@ class ProcessSensor:
     Args:
         process: None takes this one.
         clock: seconds, for the rates.
+        cpu_clock: seconds of processor time that the process has used; a call of the system's, where psutil reads and
+            parses a file.
     """
 
-    def __init__(self, process: psutil.Process | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        process: psutil.Process | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        cpu_clock: Callable[[], float] = time.process_time,
+    ) -> None:
         self._process = process or psutil.Process()
         self._clock = clock
+        self._cpu_clock = cpu_clock
+        self._last_cpu: tuple[float, float] | None = None
         self._last: tuple[float, int, int] | None = None
         self._ways: list[Callable[[], dict[str, Any]]] = [self._cpu, self._memory, self._threads, self._storage]
         self.read()  # rates are since the last time: this is the first
@@ -46,7 +55,10 @@ class ProcessSensor:
         return told
 
     def _cpu(self) -> dict[str, Any]:
-        return {"cpu_percent": self._process.cpu_percent(interval=None)}
+        last, self._last_cpu = self._last_cpu, (self._clock(), self._cpu_clock())
+        if last is None or self._last_cpu[0] <= last[0]:
+            return {}
+        return {"cpu_percent": 100 * (self._last_cpu[1] - last[1]) / (self._last_cpu[0] - last[0])}
 
     def _memory(self) -> dict[str, Any]:
         return {"rss_gib": self._process.memory_info().rss / GIB}
