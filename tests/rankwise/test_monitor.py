@@ -94,6 +94,17 @@ def test_log_records_carry_the_step(tmp_path: Path) -> None:
     assert '"step": 42' in line or '"step":42' in line
 
 
+@pytest.mark.parametrize("number", ["x", 1.5, -1, torch.tensor([1, 2])])
+def test_a_step_that_is_no_number_is_refused(tmp_path: Path, number: Any) -> None:
+    with rankwise.init(tmp_path) as session, Monitor(session) as monitor:
+        with pytest.raises(RankwiseError, match="give its number"):
+            monitor.step(number)
+        monitor.step(torch.tensor(7))  # type: ignore[arg-type]
+        monitor.step()
+        assert monitor.position().step == 8
+        assert type(monitor.position().step) is int
+
+
 def test_without_a_run_directory_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with rankwise.init() as session, Monitor(session) as monitor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,22 @@ def check_arguments(**given: Any) -> None:
         is_good, needed = _WANTED[name]
         if not is_good(value):
             raise RankwiseError(f"{name} is {value!r}; give {needed}.")
+
+
+def step_number(given: Any) -> int:
+    """The number of a step as Python's own: integers of numpy and torch too.
+
+    Raises:
+        RankwiseError: it is none.
+    Ranks: local.
+    """
+    try:
+        number = operator.index(given)
+    except (TypeError, RuntimeError):
+        number = -1
+    if number < 0:
+        raise RankwiseError(f"the step is {given!r}; give its number, 0 or more, or None for the one after the last.")
+    return number
 
 
 def _whole(value: Any, least: int) -> bool:

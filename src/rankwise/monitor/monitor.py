@@ -15,7 +15,7 @@ from rankwise.group import at_session_end
 from rankwise.logs import get_logger, set_step
 from rankwise.monitor import current
 from rankwise.monitor.accelerators import ProcessSensor, find_sensor
-from rankwise.monitor.arguments import check_arguments
+from rankwise.monitor.arguments import check_arguments, step_number
 from rankwise.monitor.clocks import make_clock
 from rankwise.monitor.ddp import DdpWaits, find_ddp
 from rankwise.monitor.guard import Guarded, Tracker, close_all
@@ -162,9 +162,13 @@ class Monitor:
 
         Args:
             number: None: the one after the last.
+        Raises:
+            RankwiseError: it is no whole number, or below 0.
         Ranks: local; in the thread that trains.
         """
         if not self._is_closed:
+            if number is not None:
+                number = step_number(number)
             set_step(self.timeline.step(number))
             if self._sampler.is_allocator_due:
                 self._sampler.note_allocator()
