@@ -1,5 +1,6 @@
 """The `rankwise` command: `run`, `whoami`, `doctor`, `check`, `logs`, `top`, `report`, `ckpt`, `env`."""
 
+import gc
 import importlib
 import sys
 from collections.abc import Sequence
@@ -41,8 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     match given:
         case [verb, *rest] if verb in _VERBS:
+            is_process = arguments is None
+            if is_process and verb == "check":
+                gc.disable()  # its syntax trees live to the end, and switching it on again would look through them all
             # Each verb is imported when it is asked for: `whoami` must not pay for torch.
-            return int(importlib.import_module(f"rankwise.{_VERBS[verb]}").main(rest))
+            status = int(importlib.import_module(f"rankwise.{_VERBS[verb]}").main(rest))
+            if is_process:
+                gc.freeze()  # what is left goes with the process
+            return status
         case ["--version"]:
             # Looking the version up takes as long as checking a file.
             from rankwise import __version__

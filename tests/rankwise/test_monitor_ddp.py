@@ -175,8 +175,43 @@ def test_frozen_parameters_and_other_gradients_are_no_hindrance() -> None:
     check_the_one_who_waits(train(partly, timeline, late=0, late_in="forward"), late=0)
 
     DdpWaits(ddp, timeline)
-    torch.autograd.grad(unpack(ddp.module(torch.randn(16, 32))).sum(), parameters)
-    check_the_one_who_waits(train(ddp, timeline, late=0, late_in="forward"), late=0)
+    for _ in range(3):  # an armed forward pass, whose gradients are asked for beside the backward pass
+        loss = unpack(ddp(torch.randn(16, 32))).square().mean()
+        torch.autograd.grad(loss, parameters, retain_graph=True)
+        if dist.get_rank() == 0:
+            time.sleep(LATE_SECONDS)
+        loss.backward()  # type: ignore[no-untyped-call]
+        timeline.step()
+    check_the_one_who_waits([timeline.take()[-1]] * 3, late=0)
+
+
+@on_ranks(2)
+def test_a_pass_without_reduction_does_not_hide_the_wait_of_one_before() -> None:
+    ddp = make()
+    timeline = Timeline(HostClock())
+    DdpWaits(ddp, timeline)
+    for _ in range(3):
+        first = unpack(ddp(torch.randn(16, 32))).square().mean()
+        with ddp.no_sync():
+            second = unpack(ddp(torch.randn(16, 32))).square().mean()
+        if dist.get_rank() == 0:
+            time.sleep(LATE_SECONDS)
+        (first + second).backward()  # type: ignore[no-untyped-call]
+        timeline.step()
+    check_the_one_who_waits(timeline.take(), late=0)
+
+
+@on_ranks(2)
+def test_the_first_pass_of_a_static_graph_is_measured_too() -> None:
+    ddp = make(static_graph=True)
+    timeline = Timeline(HostClock())
+    DdpWaits(ddp, timeline)
+    loss = unpack(ddp(torch.randn(16, 32))).square().mean()
+    if dist.get_rank() == 0:
+        time.sleep(LATE_SECONDS)
+    loss.backward()  # type: ignore[no-untyped-call]
+    timeline.step()
+    check_the_one_who_waits(timeline.take() * 3, late=0)
 
 
 @pytest.mark.parametrize("packing", ["dataclass", "dictionary", "object"])
@@ -349,12 +384,13 @@ def test_another_threads_passes_count_nothing() -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("is_outside", [True, False])
+@pytest.mark.parametrize("is_unused", [True, False])
 @on_ranks(2, timeout_seconds=300.0)
-def test_a_compiled_module_is_found_and_measured(is_outside: bool, backend: str) -> None:
+def test_a_compiled_module_is_found_and_measured(is_unused: bool, is_outside: bool, backend: str) -> None:
     torch.manual_seed(0)
     layers = Packed("tensor").layers
     if is_outside:
-        ddp = DistributedDataParallel(layers)
+        ddp = DistributedDataParallel(layers, find_unused_parameters=is_unused)
         compiled = torch.compile(ddp, backend=backend)
         assert isinstance(compiled, nn.Module)
     else:

@@ -348,3 +348,47 @@ def test_a_step_that_never_ends_costs_bounded_memory(host: bool, monkeypatch: py
     device.work(0)
     timeline.drain(1.0)
     assert timeline.take()[0].phases["forward"] == pytest.approx(1000)
+
+
+def test_a_phase_that_is_called_other_is_one_like_all() -> None:
+    clock = Ticking()
+    timeline = Timeline(clock)
+    for _ in range(3):
+        timeline.enter("forward")
+        timeline.enter("other")
+        clock.now += 1
+        timeline.leave("other")
+        clock.now += 10
+        timeline.leave("forward")
+        timeline.step()
+    assert [step.phases for step in timeline.take()] == [{"forward": 10, "other": 1}] * 3
+    assert timeline._stack == ["other"]
+
+
+def test_steps_are_taken_while_others_are_made() -> None:
+    timeline = Timeline(HostClock())
+    taken: list[int] = []
+    is_over = threading.Event()
+
+    def take() -> None:
+        while not is_over.is_set():
+            taken.extend(step.number for step in timeline.take())
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    for _ in range(20_000):
+        timeline.enter("forward")
+        timeline.leave("forward")
+        timeline.step()
+    is_over.set()
+    thread.join()
+    taken += [step.number for step in timeline.take()]
+    assert sorted(taken) == list(range(1, 20_001))
+
+
+def test_a_thread_that_takes_no_steps_leaves_few_moments() -> None:
+    timeline = Timeline(HostClock())
+    for _ in range(5000):
+        timeline.step()
+    assert len(timeline._pending) <= phases._MAX_WAITING_STEPS + 1
+    assert len(timeline.take()) == 5000

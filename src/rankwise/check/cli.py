@@ -111,7 +111,6 @@ def _no_collections() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()  # or the end of the program looks through all of them
         if was_enabled:
             gc.enable()
 

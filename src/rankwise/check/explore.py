@@ -19,7 +19,9 @@ _MANY_NODES = re.compile(
     r"node_rank|nnodes|num_nodes|num_machines|machine_rank|n_nodes|NODE_RANK|nodes_num|node_id|args\.nodes"
 )
 
-_UNWRAPS = re.compile(r"(?<![\w.])(?!self\.)\w+\s*\.module\b|unwrap_model|unwrap_ddp|de_parallel")
+_UNWRAPS = re.compile(
+    r"^\s*\.module\b|\)\s*\.module\b|(?<![\w.])(?!self\.)\w+\s*\.module\b|unwrap_model|unwrap_ddp|de_parallel"
+)
 """What a line has in which a wrapper is taken off."""
 
 _RUNS_IT = re.compile(r"(?:^|\.)(?:app\.run|Fire|typer\.run|tyro\.cli)$")

@@ -19,6 +19,9 @@ MAX_PENDING_STEPS = 256
 _MAX_STEPS = 100_000
 """Steps that nobody has taken yet; the oldest are forgotten."""
 
+_MAX_WAITING_STEPS = 1000
+"""Steps whose moments wait to be added up by another thread; if a disk or driver holds that, this one does it."""
+
 _MAX_PARTS = 2048
 """Moments of one step that are kept; a host's clock adds them up then, and goes on."""
 
@@ -65,7 +68,7 @@ class Timeline:
         self._num_moments = 0
         """Those that are in `_moments` no more."""
         self._carried: dict[str, float] = {}
-        self._pending: deque[_Pending] = deque(maxlen=_MAX_STEPS)
+        self._pending: deque[_Pending] = deque()
         self._finished: deque[FinishedStep] = deque(maxlen=_MAX_STEPS)
 
     def is_mine(self) -> bool:
@@ -130,13 +133,15 @@ class Timeline:
         if not self._clock.is_for_any_thread:
             self._clock.follow()
             self.resolve()
+        elif len(self._pending) > _MAX_WAITING_STEPS:
+            self._finish_oldest()
         return self._step
 
     def take(self) -> list[FinishedStep]:
         """The steps that were finished since the last call; from any one thread."""
         if self._clock.is_for_any_thread:
             for _ in range(len(self._pending)):
-                self._finish(self._pending.popleft())
+                self._finish_oldest()
         return [self._finished.popleft() for _ in range(len(self._finished))]
 
     def resolve(self) -> None:
@@ -170,7 +175,7 @@ class Timeline:
 
     def _leave(self, name: str) -> None:
         stack = self._stack
-        if stack[-1] is OTHER or (stack[-1] != name and name not in stack):
+        if len(stack) == 1 or (stack[-1] != name and name not in stack[1:]):
             return
         self._moments.append((stack[-1], self._mark(), perf_counter()))
         while stack.pop() != name:
@@ -221,6 +226,14 @@ class Timeline:
         _add(phases, moments, seconds)
         self._finished.append(FinishedStep(number, sum(phases.values()), phases))
         self._free(pending)
+
+    def _finish_oldest(self) -> None:
+        """The one that waits longest, if another thread was not faster."""
+        try:
+            pending = self._pending.popleft()
+        except IndexError:
+            return
+        self._finish(pending)
 
     def _drop(self, pending: _Pending) -> None:
         self.num_untimed += 1
