@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from rankwise.monitor import probe
 from rankwise.monitor.probe import TRANSFER_BYTES, Endpoint, Link, Prober, find_slow_ranks, peers_of
 
 
@@ -109,6 +110,13 @@ def test_every_rank_measures_its_links(group: Group) -> None:
         (rank, (rank + stride) % 6) for rank in range(6) for stride in (1, 2, 3)
     }
     assert all(0 < link.round_trip_seconds <= link.transfer_seconds < 5 for link in links)
+
+
+def test_round_trip_takes_no_longer_than_a_transfer_even_where_something_delayed_every_one(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "_exchange", lambda connection, num_bytes: 0.5 if num_bytes == 1 else 0.1)
+    assert {(link.round_trip_seconds, link.transfer_seconds) for link in group.measure()} == {(0.1, 0.1)}
 
 
 def test_rank_behind_a_slow_wire_is_found(group: Group) -> None:

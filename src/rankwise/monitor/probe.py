@@ -161,8 +161,9 @@ class Prober:
                 transfers.append(_exchange(connection, TRANSFER_BYTES))
                 if time.monotonic() > deadline or self._stop.is_set():
                     break
-            # The least is what the way takes; more is taken by whoever was busy with something else.
-            return Link(self._rank, peer, min(transfers), min(round_trips))
+            # The least is what the way takes; more is taken by whoever was busy with something else. A transfer is a
+            # round trip too: none takes longer than the quickest of them.
+            return Link(self._rank, peer, min(transfers), min(round_trips + transfers))
 
     def _answer_all(self) -> None:
         threads = []
